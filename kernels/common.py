@@ -1,0 +1,21 @@
+"""What the Triton files share."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def split_slot(slot, PAGE: tl.constexpr):
+    """Page and place in the page; 64-bit, because a cache may hold more than 2^31 elements."""
+    return (slot // PAGE).to(tl.int64), slot % PAGE
+
+
+def block_dim(head_size: int) -> int:
+    """Head sizes that are no power of two are padded to the next one and masked."""
+    return max(16, triton.next_power_of_2(head_size))
+
+
+def dot_precision(tensor: torch.Tensor) -> str:
+    """fp32 inputs are multiplied as such: Triton's default would round them to tf32."""
+    return "ieee" if tensor.dtype == torch.float32 else "tf32"

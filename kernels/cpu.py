@@ -1,0 +1,154 @@
+"""The CPU path: the stages of `naive.py` on whole segments at a time, skipping what the stop rule skips.
+
+All of a segment's tiles of one KV head walk its ranking together; tiles that have stopped leave the
+batch, so that every step is one matrix product over those still running. Products are in fp32:
+PyTorch rounds the results of bf16 products to bf16, which would spoil the logits.
+"""
+
+import math
+
+import torch
+
+from . import naive
+from .naive import HISTORY, NUM_QUERIES, QUERY_POS, QUERY_ROW, SEQ, VISIT_LIMIT, order_queries
+
+__all__ = ["attend", "order_queries", "rank_keys"]
+
+
+def rank_keys(
+    query, key_cache, block_table, segments, num_slots: int, num_classes: int, **_device_only
+) -> torch.Tensor:
+    """`naive.rank_keys`: one product scores a sequence's keys for all of its segments."""
+    block_size, num_kv_heads, head_size = key_cache.shape[1:]
+    slots = torch.full((num_slots,), -1, dtype=torch.int32)
+    table = segments.tolist()
+    means = torch.stack(
+        [
+            query[s[QUERY_ROW] : s[QUERY_ROW] + s[NUM_QUERIES]]
+            .float()
+            .mean(0)
+            .view(num_kv_heads, -1, head_size)
+            .mean(1)
+            for s in table
+        ]
+    )  # [num_segments, num_kv_heads, head_size]
+    for seq in sorted({s[SEQ] for s in table}):
+        mine = [i for i, s in enumerate(table) if s[SEQ] == seq and s[HISTORY]]
+        if not mine:
+            continue
+        longest = max(table[i][HISTORY] for i in mine)
+        lie = naive.slots_of(block_table, seq, torch.arange(longest), block_size)
+        for kv_head in range(num_kv_heads):
+            scores = means[mine, kv_head] @ naive.read_rows(key_cache, lie, kv_head).T
+            for row, i in zip(scores, mine, strict=True):
+                history = table[i][HISTORY]
+                classes = naive.importance_classes(row[:history], num_classes)
+                best_first = classes.to(torch.uint8).argsort(stable=True)
+                naive.ranking_of(slots, table[i], kv_head).copy_(lie[:history][best_first])
+    return slots
+
+
+def attend(
+    query, key_cache, value_cache, block_table, segments, tiles, slots, order, thresholds, out,
+    *, scale: float, key_block: int, stop_interval: int, stop_rule: str, **_device_only,
+) -> torch.Tensor:  # fmt: skip
+    """`naive.attend`. Returns the visited pairs, [num_tiles, num_heads] int64."""
+    num_heads = query.shape[1]
+    num_kv_heads = key_cache.shape[2]
+    group = num_heads // num_kv_heads
+    visited = torch.zeros(len(tiles), num_heads, dtype=torch.int64)
+    tile_rows = tiles.tolist()
+    for index, segment in enumerate(segments.tolist()):
+        mine = [i for i, tile in enumerate(tile_rows) if tile[0] == index]
+        firsts = [tile_rows[i][1] for i in mine]
+        counts = [tile_rows[i][2] for i in mine]
+        for kv_head in range(num_kv_heads):
+            heads = slice(kv_head * group, (kv_head + 1) * group)
+            ranks = torch.arange(segment[NUM_QUERIES]).expand(group, -1)
+            if order is not None:
+                ranks = order[index, heads, : segment[NUM_QUERIES]].long()
+            stacked = _Segment(query, segment, heads, ranks, firsts, counts, thresholds[heads], scale, stop_rule)
+            _inside(stacked, key_cache, value_cache, block_table, segment, kv_head)
+            ranking = naive.ranking_of(slots, segment, kv_head)[: segment[VISIT_LIMIT]]
+            _history(stacked, key_cache, value_cache, ranking, kv_head, key_block, stop_interval)
+            stacked.write(out)
+            visited[mine, heads] = stacked.pairs().T
+    return visited
+
+
+class _Segment:
+    """The tiles of one segment and KV head, stacked: [tiles of all heads of the group, rows, ...]."""
+
+    def __init__(self, query, segment, heads, ranks, firsts, counts, thresholds, scale, stop_rule):
+        self.rows = max(counts)
+        self.stop_rule = stop_rule
+        self.history = segment[HISTORY]
+        group, tiles = ranks.shape[0], len(counts)
+        # Padding rows repeat the tile's last row and are left out of the stop test and of the output.
+        within = torch.arange(self.rows)
+        count = torch.tensor(counts)
+        place = torch.tensor(firsts)[:, None] + torch.minimum(within, count[:, None] - 1)  # [tiles, rows]
+        self.valid = (within < count[:, None]).repeat(group, 1)  # [group * tiles, rows]
+        chosen = ranks[:, place]  # [group, tiles, rows]
+        self.row = segment[QUERY_ROW] + chosen.flatten(0, 1)
+        self.position = segment[QUERY_POS] + chosen.flatten(0, 1)
+        self.head = torch.arange(heads.start, heads.stop).repeat_interleave(tiles)[:, None]
+        self.q = query[self.row, self.head].float() * scale
+        self.threshold = thresholds.repeat_interleave(tiles)
+        self.m = torch.full(self.row.shape, -math.inf)
+        self.l = torch.zeros(self.row.shape)
+        self.acc = torch.zeros(*self.row.shape, query.shape[2])
+        self.seen = torch.zeros(group * tiles, dtype=torch.int64)
+        self.shape = (group, tiles)
+
+    def add(self, active: torch.Tensor, logits: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """The online softmax of the active tiles; returns the share of the mass that this step added."""
+        before_m, before_l = self.m[active], self.l[active]
+        m = torch.maximum(before_m, logits.amax(-1))
+        origin = torch.where(m == -math.inf, 0.0, m)
+        p = logits.sub_(origin[..., None]).exp_()
+        keep = torch.exp(before_m - origin)
+        l = before_l * keep + p.sum(-1)
+        self.m[active], self.l[active] = m, l
+        self.acc[active] = self.acc[active].mul_(keep[..., None]).add_((p.flatten(0, 1) @ values).view(*m.shape, -1))
+        return 1 - before_l * keep / l
+
+    def still_gaining(self, active: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        gain = gain.nan_to_num(0).clamp(min=0) * self.valid[active]
+        judged = gain.amax(1) if self.stop_rule == "worst_row" else gain.sum(1) / self.valid[active].sum(1)
+        return judged >= self.threshold[active]
+
+    def write(self, out: torch.Tensor) -> None:
+        result = torch.where(self.l[..., None] > 0, self.acc / self.l[..., None], self.l[..., None] * 0)
+        head = self.head.expand_as(self.row)
+        out[self.row[self.valid], head[self.valid]] = result[self.valid].to(out.dtype)
+
+    def pairs(self) -> torch.Tensor:
+        """[heads of the group, tiles]"""
+        inside = ((self.position - self.history + 1) * self.valid).sum(1)
+        return (inside + self.seen * self.valid.sum(1)).view(self.shape)
+
+
+def _inside(stacked: _Segment, key_cache, value_cache, block_table, segment, kv_head: int) -> None:
+    """Pass 1, all rows of the segment at once."""
+    end = segment[QUERY_POS] + segment[NUM_QUERIES]
+    keys = torch.arange(segment[HISTORY], end)
+    lie = naive.slots_of(block_table, segment[SEQ], keys, key_cache.shape[1])
+    logits = stacked.q @ naive.read_rows(key_cache, lie, kv_head).T
+    logits.masked_fill_(keys > stacked.position[..., None], -math.inf)
+    stacked.add(torch.arange(len(logits)), logits, naive.read_rows(value_cache, lie, kv_head))
+
+
+def _history(stacked: _Segment, key_cache, value_cache, ranking, kv_head: int, key_block: int, stop_interval: int):
+    """Pass 2: the ranking, `stop_interval` key blocks a step, over the tiles that still gain."""
+    active = torch.arange(len(stacked.q))
+    seen = 0
+    while seen < len(ranking) and len(active):
+        now = ranking[seen : seen + key_block * stop_interval]
+        seen += len(now)
+        keys = naive.read_rows(key_cache, now, kv_head)
+        q = stacked.q[active]
+        logits = (q.flatten(0, 1) @ keys.T).view(*q.shape[:2], -1)
+        gain = stacked.add(active, logits, naive.read_rows(value_cache, now, kv_head))
+        stacked.seen[active] = seen
+        active = active[stacked.still_gaining(active, gain / -(-len(now) // key_block))]

@@ -1,0 +1,205 @@
+"""The oracle: every stage of S2O in plain fp32 PyTorch, to be read beside the method's description.
+
+A stage has the same name and arguments here, in `cpu.py` and in the Triton files. Shapes:
+
+    query          [num_tokens, num_heads, head_size]
+    key_cache      [num_blocks, block_size, num_kv_heads, head_size], any strides; value_cache likewise
+    block_table    [num_seqs, max_blocks] int32
+    segments       [num_segments, 7] int32, the columns of `plan.Segment`
+    tiles          [num_tiles, 3] int32, the columns of `plan.Tile`
+    slots          [num_slots] int32: the rankings, one behind the other (`plan.Segment.offset`)
+    order          [num_segments, num_heads, segment_len] int32, or None for the order of positions
+    thresholds     [num_heads] fp32
+
+Arguments that only the device needs (sizes known to the host, workspace) are accepted and ignored here.
+
+A *slot* is a token's place in the cache: block * block_size + offset in the block.
+"""
+
+import math
+
+import torch
+
+SEQ, QUERY_ROW, QUERY_POS, NUM_QUERIES, HISTORY, VISIT_LIMIT, OFFSET = range(7)
+
+# A query order needs one guide vector per segment and KV head: the mean of its best keys.
+NUM_GUIDE_KEYS = 256
+
+# Scores are brought into this range before they are compared, so that NaN and Inf keep the ranking a permutation.
+SCORE_BOUND = 1e30
+
+
+def read_rows(cache: torch.Tensor, slots: torch.Tensor, kv_head: int) -> torch.Tensor:
+    """Rows of one KV head, [len(slots), head_size] fp32."""
+    block_size = cache.shape[1]
+    slots = slots.long()
+    return cache[slots // block_size, slots % block_size, kv_head].float()
+
+
+def slots_of(block_table: torch.Tensor, seq: int, positions: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Where the tokens at these positions of a sequence lie."""
+    return block_table[seq, positions // block_size] * block_size + positions % block_size
+
+
+def ranking_of(slots: torch.Tensor, segment: list[int], kv_head: int) -> torch.Tensor:
+    """One segment's ranked history slots for one KV head: a view of [history]."""
+    begin = segment[OFFSET] + kv_head * segment[HISTORY]
+    return slots[begin : begin + segment[HISTORY]]
+
+
+def importance_classes(scores: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Cut the range of the scores into classes of equal width; class 0 holds the highest."""
+    scores = torch.where(scores.isnan(), -SCORE_BOUND, scores).clamp(-SCORE_BOUND, SCORE_BOUND)
+    high, low = scores.max(), scores.min()
+    return ((high - scores) * (num_classes / (high - low).clamp(min=1e-30))).clamp(0, num_classes - 1).int()
+
+
+def rank_keys(
+    query, key_cache, block_table, segments, num_slots: int, num_classes: int, **_device_only
+) -> torch.Tensor:
+    """Step 3: the history of each segment, most important keys first, per KV head.
+
+    The segment's queries, over all query heads of the group, are pooled to one mean; keys are ranked
+    by their product with it. Keys of one importance class keep the order of their positions.
+    """
+    block_size, num_kv_heads = key_cache.shape[1:3]
+    group = query.shape[1] // num_kv_heads
+    slots = torch.full((num_slots,), -1, dtype=torch.int32, device=query.device)
+    for segment in segments.tolist():
+        rows = slice(segment[QUERY_ROW], segment[QUERY_ROW] + segment[NUM_QUERIES])
+        positions = torch.arange(segment[HISTORY], device=query.device)
+        history = slots_of(block_table, segment[SEQ], positions, block_size)
+        if not len(history):
+            continue
+        for kv_head in range(num_kv_heads):
+            mean = query[rows, kv_head * group : (kv_head + 1) * group].float().mean((0, 1))
+            scores = read_rows(key_cache, history, kv_head) @ mean
+            best_first = importance_classes(scores, num_classes).argsort(stable=True)
+            ranking_of(slots, segment, kv_head).copy_(history[best_first])
+    return slots
+
+
+def order_queries(query, key_cache, segments, slots, segment_len: int) -> torch.Tensor:
+    """Step 2: the queries of each segment by their product with a guide vector, highest first.
+
+    The guide is the mean of the best-ranked keys of the segment's history. Entries beyond the
+    segment's queries are unused. A segment without a history keeps the order of positions.
+    """
+    num_heads, num_kv_heads = query.shape[1], key_cache.shape[2]
+    order = torch.arange(segment_len, dtype=torch.int32, device=query.device).repeat(len(segments), num_heads, 1)
+    for index, segment in enumerate(segments.tolist()):
+        rows = slice(segment[QUERY_ROW], segment[QUERY_ROW] + segment[NUM_QUERIES])
+        if not segment[HISTORY]:
+            continue
+        for head in range(num_heads):
+            kv_head = head * num_kv_heads // num_heads
+            best = ranking_of(slots, segment, kv_head)[:NUM_GUIDE_KEYS]
+            guide = read_rows(key_cache, best, kv_head).mean(0)
+            products = query[rows, head].float() @ guide
+            order[index, head, : segment[NUM_QUERIES]] = products.argsort(descending=True, stable=True).int()
+    return order
+
+
+class Softmax:
+    """The online softmax of one tile: running maximum m, mass l and weighted values acc of each row."""
+
+    def __init__(self, rows: int, head_size: int, device: torch.device):
+        self.m = torch.full((rows,), -math.inf, device=device)
+        self.l = torch.zeros(rows, device=device)
+        self.acc = torch.zeros(rows, head_size, device=device)
+
+    def add(self, logits: torch.Tensor, values: torch.Tensor) -> None:
+        """logits [rows, keys], -inf where a key is not visible; values [keys, head_size]."""
+        m = torch.maximum(self.m, logits.amax(1))
+        origin = torch.where(m == -math.inf, 0.0, m)  # a row that has seen nothing yet stays empty
+        p, keep = torch.exp(logits - origin[:, None]), torch.exp(self.m - origin)
+        self.m, self.l = m, self.l * keep + p.sum(1)
+        self.acc = self.acc * keep[:, None] + p @ values
+
+    def output(self) -> torch.Tensor:
+        return torch.where(self.l[:, None] > 0, self.acc / self.l[:, None], self.l[:, None] * 0)
+
+
+def attend(
+    query,
+    key_cache,
+    value_cache,
+    block_table,
+    segments,
+    tiles,
+    slots,
+    order,
+    thresholds,
+    out,
+    *,
+    scale: float,
+    key_block: int,
+    stop_interval: int,
+    stop_rule: str,
+    **_device_only,
+) -> torch.Tensor:
+    """Steps 4 and 5: dense causal attention inside the segment, then the ranked history until the gain is small.
+
+    Every `stop_interval` key blocks the marginal gain of a row is taken: the mass that these blocks
+    added, relative to the accumulated mass, per block. The tile stops once no row ("worst_row"), or
+    not the mean over its rows ("mean_row"), gains `threshold` any more.
+
+    Writes `out`, shaped like query; returns the pairs visited, [num_tiles, num_heads] int64.
+    """
+    num_heads, head_size = query.shape[1:]
+    block_size, num_kv_heads = key_cache.shape[1:3]
+    visited = torch.zeros(len(tiles), num_heads, dtype=torch.int64, device=query.device)
+    for index, (seg, first, rows) in enumerate(tiles.tolist()):
+        segment = segments[seg].tolist()
+        for head in range(num_heads):
+            kv_head = head * num_kv_heads // num_heads
+            ranks = torch.arange(first, first + rows, device=query.device)
+            chosen = ranks if order is None else order[seg, head, ranks].long()
+            q = query[segment[QUERY_ROW] + chosen, head].float() * scale
+            positions = segment[QUERY_POS] + chosen
+            softmax = Softmax(rows, head_size, query.device)
+
+            # Pass 1: the segment itself.
+            keys = torch.arange(segment[HISTORY], int(positions.max()) + 1, device=query.device)
+            inside = slots_of(block_table, segment[SEQ], keys, block_size)
+            logits = q @ read_rows(key_cache, inside, kv_head).T
+            logits = logits.masked_fill(keys[None, :] > positions[:, None], -math.inf)
+            softmax.add(logits, read_rows(value_cache, inside, kv_head))
+            pairs = int((positions - segment[HISTORY] + 1).sum())
+
+            # Pass 2: the history, most important keys first.
+            ranking = ranking_of(slots, segment, kv_head)[: segment[VISIT_LIMIT]]
+            seen, step = 0, key_block * stop_interval
+            while seen < len(ranking):
+                m, mass = softmax.m, softmax.l
+                now = ranking[seen : seen + step]
+                for block in now.split(key_block):
+                    logits = q @ read_rows(key_cache, block, kv_head).T
+                    softmax.add(logits, read_rows(value_cache, block, kv_head))
+                seen += len(now)
+                gain = 1 - mass * torch.exp(m - softmax.m) / softmax.l
+                gain = gain.nan_to_num(0).clamp(min=0) / -(-len(now) // key_block)
+                judged = gain.max() if stop_rule == "worst_row" else gain.mean()
+                if judged < thresholds[head]:
+                    break
+            out[segment[QUERY_ROW] + chosen, head] = softmax.output().to(out.dtype)
+            visited[index, head] = pairs + seen * rows
+    return visited
+
+
+def dense_attention(query, key_cache, value_cache, block_table, query_start_loc, seq_lens, scale: float):
+    """Causal attention without any of the above, [num_tokens, num_heads, head_size] fp32."""
+    block_size, num_kv_heads = key_cache.shape[1:3]
+    group = query.shape[1] // num_kv_heads
+    out = torch.zeros(query.shape, device=query.device)
+    starts = query_start_loc.tolist()
+    for seq, seq_len in enumerate(seq_lens.tolist()):
+        rows = slice(starts[seq], starts[seq + 1])
+        keys = torch.arange(seq_len, device=query.device)
+        lie = slots_of(block_table, seq, keys, block_size)
+        visible = keys[None, :] <= keys[seq_len - (starts[seq + 1] - starts[seq]) :, None]
+        for head in range(query.shape[1]):
+            logits = query[rows, head].float() @ read_rows(key_cache, lie, head // group).T * scale
+            weights = logits.masked_fill(~visible, -math.inf).softmax(1)
+            out[rows, head] = weights @ read_rows(value_cache, lie, head // group)
+    return out

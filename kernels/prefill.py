@@ -1,0 +1,152 @@
+"""Triton: the two-pass attention with early stop. See `naive.attend` for the meaning of every step.
+
+One program owns a tile of query rows of one head. Pass 1 walks the segment's own keys in order;
+pass 2 walks the ranked history and gathers K and V rows straight from the paged cache. The stop test
+stands outside the inner loop: a `for` is software-pipelined by Triton, a `while` is not.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import block_dim, dot_precision, split_slot
+
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _softmax_step(acc, m, l, logits, values, PRECISION: tl.constexpr):
+    """One block of the online softmax, in base 2."""
+    m_new = tl.maximum(m, tl.max(logits, 1))
+    origin = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(logits - origin[:, None])
+    keep = tl.exp2(m - origin)
+    acc = tl.dot(p.to(values.dtype), values, acc * keep[:, None], input_precision=PRECISION)
+    return acc, m_new, l * keep + tl.sum(p, 1)
+
+
+@triton.jit
+def _attend(
+    Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Visited,
+    stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
+    stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head, stride_table, scale,
+    PAGE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, INTERVAL: tl.constexpr, WORST_ROW: tl.constexpr,
+    ORDERED: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    head, tile = tl.program_id(0), tl.program_id(1)
+    kv_head = head // GROUP
+    segment = tl.load(Tiles + tile * 3)
+    first = tl.load(Tiles + tile * 3 + 1)
+    rows = tl.load(Tiles + tile * 3 + 2)
+    seq = tl.load(Segments + segment * 7)
+    query_row = tl.load(Segments + segment * 7 + 1)
+    query_pos = tl.load(Segments + segment * 7 + 2)
+    history = tl.load(Segments + segment * 7 + 4)
+
+    i = tl.arange(0, TILE)
+    valid = i < rows
+    rank = first + i
+    if ORDERED:
+        rank = tl.load(Order + (segment * tl.num_programs(0) + head) * S + rank, mask=valid, other=0)
+        end = query_pos + tl.load(Segments + segment * 7 + 3)
+    else:
+        end = query_pos + first + rows
+    row = (query_row + rank).to(tl.int64)
+    position = query_pos + rank
+    d = tl.arange(0, BLOCK_D)
+    inside = (d < D)[None, :]
+    k_dim, v_dim = (d * stride_k_dim)[None, :], (d * stride_v_dim)[None, :]
+    q = tl.load(
+        Query + row[:, None] * stride_q_token + head * stride_q_head + d[None, :],
+        mask=valid[:, None] & inside, other=0,
+    )  # fmt: skip
+    k_head = Keys + kv_head.to(tl.int64) * stride_k_head
+    v_head = Values + kv_head.to(tl.int64) * stride_v_head
+    m = tl.full([TILE], float("-inf"), tl.float32)
+    l = tl.zeros([TILE], tl.float32)
+    acc = tl.zeros([TILE, BLOCK_D], tl.float32)
+
+    # Pass 1: the segment's own keys, causal.
+    table = BlockTable + seq.to(tl.int64) * stride_table
+    for start in range(history, end, BLOCK):
+        key = start + tl.arange(0, BLOCK)
+        known = (key < end)[:, None] & inside
+        page = tl.load(table + key // PAGE, mask=key < end, other=0).to(tl.int64)
+        k = tl.load(
+            k_head + (page * stride_k_block + (key % PAGE) * stride_k_token)[:, None] + k_dim,
+            mask=known, other=0,
+        )  # fmt: skip
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        logits = tl.where(key[None, :] <= position[:, None], logits, float("-inf"))
+        v = tl.load(
+            v_head + (page * stride_v_block + (key % PAGE) * stride_v_token)[:, None] + v_dim,
+            mask=known, other=0,
+        )  # fmt: skip
+        acc, m, l = _softmax_step(acc, m, l, logits, v, PRECISION)
+
+    # Pass 2: the history, most important keys first, until the tile gains nothing more.
+    limit = tl.load(Segments + segment * 7 + 5)
+    ranking = Slots + tl.load(Segments + segment * 7 + 6) + kv_head * history
+    threshold = tl.load(Thresholds + head)
+    seen = 0
+    going = limit > 0
+    while going:
+        m_before, l_before = m, l
+        until = tl.minimum(seen + INTERVAL * BLOCK, limit)
+        for start in range(seen, until, BLOCK):
+            n = start + tl.arange(0, BLOCK)
+            page, within = split_slot(tl.load(ranking + n, mask=n < until, other=0), PAGE)
+            known = (n < until)[:, None] & inside
+            k = tl.load(
+                k_head + (page * stride_k_block + within * stride_k_token)[:, None] + k_dim, mask=known, other=0
+            )
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            logits = tl.where((n < until)[None, :], logits, float("-inf"))
+            v = tl.load(
+                v_head + (page * stride_v_block + within * stride_v_token)[:, None] + v_dim, mask=known, other=0
+            )
+            acc, m, l = _softmax_step(acc, m, l, logits, v, PRECISION)
+        gain = 1 - l_before * tl.exp2(m_before - m) / l
+        # A NaN row gains nothing, rounding must not look like a loss, and rows that pad the tile have no say.
+        gain = tl.where((gain > 0) & valid, gain, 0.0) / tl.cdiv(until - seen, BLOCK)
+        judged = tl.max(gain, 0) if WORST_ROW else tl.sum(gain, 0) / rows
+        seen = until
+        going = (judged >= threshold) & (seen < limit)
+
+    out = tl.where(l[:, None] > 0, acc / l[:, None], l[:, None] * 0)
+    tl.store(
+        Out + row[:, None] * stride_o_token + head * stride_o_head + d[None, :],
+        out.to(Out.dtype.element_ty), mask=valid[:, None] & inside,
+    )  # fmt: skip
+    pairs = tl.sum(tl.where(valid, position - history + 1, 0), 0) + seen * rows
+    tl.store(Visited + tile * tl.num_programs(0) + head, pairs)
+
+
+def launch_options(tile_size: int, head_size: int) -> dict[str, int]:
+    """Warps and pipeline stages: a warp group per 64 rows, and fewer stages where K and V fill shared memory."""
+    return {"num_warps": 8 if tile_size * block_dim(head_size) >= 128 * 128 else 4, "num_stages": 2}
+
+
+def attend(
+    query, key_cache, value_cache, block_table, segments, tiles, slots, order, thresholds, out,
+    *, scale: float, key_block: int, stop_interval: int, stop_rule: str, tile_size: int,
+) -> torch.Tensor:  # fmt: skip
+    """`naive.attend` on the device. Returns the visited pairs, [num_tiles, num_heads] int32.
+
+    `tile_size` is the most rows that a tile has. The last dimension of query and out must be dense.
+    """
+    num_heads, head_size = query.shape[1:]
+    block_size, num_kv_heads = key_cache.shape[1:3]
+    visited = torch.empty(len(tiles), num_heads, dtype=torch.int32, device=query.device)
+    _attend[(num_heads, len(tiles))](
+        query, key_cache, value_cache, block_table, segments, tiles, slots,
+        slots if order is None else order, thresholds, out, visited,
+        query.stride(0), query.stride(1), *key_cache.stride(), *value_cache.stride(),
+        out.stride(0), out.stride(1), block_table.stride(0), scale * LOG2E,
+        PAGE=block_size, GROUP=num_heads // num_kv_heads, D=head_size, BLOCK_D=block_dim(head_size),
+        TILE=tile_size, BLOCK=key_block, INTERVAL=stop_interval, WORST_ROW=stop_rule == "worst_row",
+        ORDERED=order is not None, S=1 if order is None else order.shape[2], PRECISION=dot_precision(query),
+        **launch_options(tile_size, head_size),
+    )  # fmt: skip
+    return visited

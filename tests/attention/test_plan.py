@@ -1,0 +1,60 @@
+"""Plans are arithmetic: every query in exactly one tile, every history whole, every wave within its room."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_s2o.plan import causal_pairs, dense_runs, make_plan, workspace_slots
+
+rows = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 500)), min_size=1, max_size=5)
+
+
+@given(rows=rows, by_position=st.booleans(), max_slots=st.integers(1, 5000))
+def test_every_query_lies_in_one_tile(rows, by_position, max_slots):
+    query_lens = [q for q, _ in rows]
+    seq_lens = [q + before for q, before in rows]
+    plan = make_plan(
+        query_lens, seq_lens, segment_len=64, tile_size=16, num_kv_heads=2, max_slots=max_slots, by_position=by_position
+    )
+    covered = []
+    for wave in plan.waves:
+        assert wave.num_slots <= max_slots or len(wave.segments) == 1
+        end = 0
+        for segment in wave.segments:
+            assert segment.history % 64 == 0
+            assert segment.history <= segment.query_pos < segment.history + 64
+            assert segment.query_pos + segment.num_queries <= min(segment.history + 64, seq_lens[segment.seq])
+            assert segment.offset == end
+            end += 2 * segment.history
+        assert end == wave.num_slots
+        for tile in wave.tiles:
+            segment = wave.segments[tile.segment]
+            assert 0 < tile.rows <= 16
+            covered += range(segment.query_row + tile.first, segment.query_row + tile.first + tile.rows)
+            if by_position:  # borders at absolute positions
+                first = segment.query_pos + tile.first
+                assert first // 16 == (first + tile.rows - 1) // 16
+    assert sorted(covered) == list(range(sum(query_lens)))
+    assert plan.causal_pairs == tuple(map(causal_pairs, query_lens, seq_lens))
+
+
+def test_budget_rounds_up():
+    plan = make_plan([10], [138], segment_len=64, tile_size=16, num_kv_heads=1, max_slots=10**6, budget=0.01)
+    assert [s.visit_limit for s in plan.waves[0].segments] == [2]
+
+
+def test_rows_not_chosen_have_no_work():
+    plan = make_plan([10, 20, 30], [10, 20, 30], segment_len=64, tile_size=16, num_kv_heads=1, max_slots=99, seqs=[1])
+    assert [s.query_row for s in plan.waves[0].segments] == [10]
+    assert plan.causal_pairs == (0, 210, 0)
+
+
+def test_dense_runs():
+    assert dense_runs([1, 9, 1, 1, 9, 0], [1, 4]) == [(0, 1), (2, 4)]
+    assert dense_runs([9, 1], [0]) == [(1, 2)]
+    assert dense_runs([9], [0]) == []
+
+
+def test_workspace_holds_one_history_and_the_useful_number():
+    assert workspace_slots(131072, 8192, 512, 8, 56 * 2**20) == 18 * 131072 * 8
+    assert workspace_slots(131072, 131072, 512, 8, 56 * 2**20) == 56 * 2**20
+    assert workspace_slots(2**20, 512, 512, 64, 2**20) == 2**26

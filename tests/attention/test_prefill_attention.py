@@ -1,0 +1,185 @@
+"""The public function: dense at threshold 0, the same on every path, and clear about bad arguments."""
+
+import pytest
+import torch
+from cases import DEVICE, LAYOUTS, error_bar, make_case
+
+from vllm_s2o import S2OParams, attention, prefill_attention
+from vllm_s2o.kernels import naive
+
+IMPLEMENTATIONS = ["triton"] if DEVICE.type == "cuda" else ["cpu", "triton"]
+DENSE = S2OParams(threshold=0, segment_len=64, tile_size=32, key_block=16)
+SPARSE = S2OParams(threshold=0.05, segment_len=64, tile_size=32, key_block=16)
+
+# Triton's interpreter computes on NumPy arrays, which know no bfloat16.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
+
+
+def dtypes(implementation):
+    return [torch.float32, torch.float16, torch.bfloat16] if implementation == "cpu" else DTYPES
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [(i, d) for i in IMPLEMENTATIONS for d in dtypes(i)],
+    ids=lambda v: str(v).removeprefix("torch."),
+)
+@pytest.mark.parametrize("head_size", [64, 96, 128, 256])
+def test_threshold_zero_is_dense(implementation, head_size, dtype):
+    case = make_case(
+        [63, 111, 1], [130, 111, 70], num_heads=3, num_kv_heads=1, head_size=head_size, dtype=dtype, page=32
+    )
+    exact, bar = error_bar(case)
+    out, stats = prefill_attention(**case.arguments, params=DENSE, return_stats=True, implementation=implementation)
+    assert out.dtype == dtype
+    assert (out.float() - exact).abs().max() <= bar
+    assert torch.equal(stats.visited_pairs, stats.causal_pairs)
+
+
+def test_the_oracle_is_dense_at_threshold_zero():
+    case = make_case([63, 111, 1], [130, 111, 70])
+    exact, bar = error_bar(case)
+    out = prefill_attention(**case.arguments, params=DENSE, implementation="naive")
+    assert (out - exact).abs().max() <= bar
+    assert (naive.dense_attention(**case.arguments) - exact).abs().max() <= bar
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (3, 1), (4, 1), (8, 1)], ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gqa_ratios(implementation, heads):
+    case = make_case([40, 90], [170, 90], num_heads=heads[0], num_kv_heads=heads[1], head_size=32)
+    exact, bar = error_bar(case)
+    out = prefill_attention(**case.arguments, params=DENSE, implementation=implementation)
+    assert (out - exact).abs().max() <= bar
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_sparse_equals_the_oracle(implementation, layout):
+    """Ranking, order of visits and stops included: any difference in a stop shows in the visited pairs."""
+    case = make_case([200, 64], [300, 130], layout=layout, num_heads=6, num_kv_heads=2, head_size=64)
+    expected, want = prefill_attention(**case.arguments, params=SPARSE, return_stats=True, implementation="naive")
+    out, stats = prefill_attention(**case.arguments, params=SPARSE, return_stats=True, implementation=implementation)
+    # A key that rounding moves across a class border may move a stop by one test.
+    slack = SPARSE.tile_size * SPARSE.key_block * SPARSE.stop_interval
+    assert (stats.visited_pairs - want.visited_pairs).abs().max() <= slack
+    assert (stats.visited_pairs < stats.causal_pairs).any()
+    close = (out - expected).abs().amax((1, 2)) < 1e-4
+    assert close.float().mean() > 0.8
+
+
+def test_stats_count_pairs():
+    case = make_case([100, 0, 30], [100, 7, 130])
+    _, stats = prefill_attention(**case.arguments, params=DENSE, return_stats=True)
+    assert stats.causal_pairs[:, 0].tolist() == [100 * 101 // 2, 0, 30 * 100 + 30 * 31 // 2]
+    assert stats.visited_pairs.dtype == stats.causal_pairs.dtype == torch.int64
+    assert stats.visited_pairs.shape == stats.causal_pairs.shape == (3, 4)
+
+
+@pytest.mark.parametrize("implementation", ["naive", *IMPLEMENTATIONS])
+def test_budget_visits_its_share(implementation):
+    case = make_case([256], [256])
+    params = S2OParams(budget=0.25, segment_len=64, tile_size=32, key_block=16, threshold=0.9)
+    _, stats = prefill_attention(**case.arguments, params=params, return_stats=True, implementation=implementation)
+    inside = 4 * 64 * 65 // 2
+    assert stats.visited_pairs[0].tolist() == [inside + sum(64 * h // 4 for h in (64, 128, 192))] * 4
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_threshold_per_head(implementation):
+    case = make_case([300], [300])
+    params = SPARSE.model_copy(update={"threshold": (0.0, 0.05, 0.2, 0.9)})
+    _, stats = prefill_attention(**case.arguments, params=params, return_stats=True, implementation=implementation)
+    visited = stats.visited_pairs[0].tolist()
+    assert visited[0] == stats.causal_pairs[0, 0]
+    assert visited[0] > visited[1] > visited[3]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_chunks_at_segment_borders_change_nothing(implementation):
+    """A prompt cut at segment borders gives the bits of the whole prompt."""
+    case = make_case([320], [320])
+    whole = prefill_attention(**case.arguments, params=SPARSE, implementation=implementation)
+    for begin, end in ((0, 64), (64, 192), (192, 320)):
+        part = case.arguments | {
+            "query": case.query[begin:end],
+            "query_start_loc": torch.tensor([0, end - begin], dtype=torch.int32, device=DEVICE),
+            "seq_lens": torch.tensor([end], dtype=torch.int32, device=DEVICE),
+        }
+        chunk = prefill_attention(**part, params=SPARSE, implementation=implementation)
+        if implementation == "cpu":  # matrix products of other shapes round differently
+            torch.testing.assert_close(chunk, whole[begin:end], rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(chunk, whole[begin:end])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_neighbours_do_not_matter(implementation):
+    together = make_case([130, 70, 200], [130, 170, 200])
+    batch = prefill_attention(**together.arguments, params=SPARSE, implementation=implementation)
+    starts = together.query_start_loc.tolist()
+    for seq in range(3):
+        rows = slice(starts[seq], starts[seq + 1])
+        alone = together.arguments | {
+            "query": together.query[rows],
+            "block_table": together.block_table[seq : seq + 1],
+            "query_start_loc": torch.tensor([0, rows.stop - rows.start], dtype=torch.int32, device=DEVICE),
+            "seq_lens": together.seq_lens[seq : seq + 1],
+        }
+        single = prefill_attention(**alone, params=SPARSE, implementation=implementation)
+        assert torch.equal(single, batch[rows])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_waves_change_nothing(implementation, monkeypatch):
+    """A workspace too small for all rankings at once is used several times."""
+    case = make_case([320], [320])
+    whole = prefill_attention(**case.arguments, params=SPARSE, implementation=implementation)
+    plans = []
+    small = attention.plan_step
+    monkeypatch.setattr(attention, "plan_step", lambda *a: plans.append(small(*a, max_slots=700)) or plans[-1])
+    waves = prefill_attention(**case.arguments, params=SPARSE, implementation=implementation)
+    assert len(plans[0].waves) > 1
+    assert all(len(w.segments) == 1 or w.num_slots <= 700 for w in plans[0].waves)
+    torch.testing.assert_close(waves, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_out_is_written_in_place_and_other_rows_are_left_alone():
+    case = make_case([40, 100], [40, 100])
+    plan = attention.plan_step(case.query_lens, case.lens, DENSE, 2, [1])
+    out = torch.full_like(case.query, 7.0)
+    attention.run(
+        case.query, case.key_cache, case.value_cache, case.block_table, attention.to_device(plan, DEVICE),
+        DENSE, case.scale, out,
+    )  # fmt: skip
+    assert (out[:40] == 7).all()
+    exact, bar = error_bar(case)
+    assert (out[40:] - exact[40:]).abs().max() <= bar
+
+
+def bad(change, message):
+    return pytest.param(change, message, id=message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        bad(lambda c: {"query": c.query[0]}, "query must be"),
+        bad(lambda c: {"value_cache": c.value_cache[:, :8]}, "must both be"),
+        bad(lambda c: {"query": c.query[..., :32]}, "head_size differs"),
+        bad(lambda c: {"query": c.query[:, :3]}, "multiple of the 2 KV heads"),
+        bad(lambda c: {"query": c.query.half()}, "share one dtype"),
+        bad(lambda c: {"seq_lens": c.seq_lens.long()}, "seq_lens must be int32"),
+        bad(lambda c: {"block_table": c.block_table[:1]}, "block_table must be int32 [2, max_blocks]"),
+        bad(lambda c: {"query_start_loc": c.query_start_loc + 1}, "must ascend from 0"),
+        bad(lambda c: {"seq_lens": c.seq_lens - 30}, "the length must lie between"),
+        bad(lambda c: {"seq_lens": c.seq_lens + 999}, "the length must lie between"),
+        bad(lambda c: {"out": c.query.half()}, "out must be"),
+    ],
+)
+def test_bad_arguments(change, message):
+    case = make_case([40, 50], [60, 50])
+    with pytest.raises(ValueError, match="prefill_attention: ") as caught:
+        prefill_attention(**(case.arguments | change(case)), params=DENSE)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

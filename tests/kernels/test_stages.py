@@ -1,0 +1,145 @@
+"""Each stage against the oracle: one test, run on the CPU path and on the Triton kernels."""
+
+import pytest
+import torch
+from cases import DEVICE, LAYOUTS, make_case
+
+from vllm_s2o.attention import stages, to_device
+from vllm_s2o.config import S2OParams
+from vllm_s2o.kernels import naive
+from vllm_s2o.plan import Segment, make_plan
+
+IMPLEMENTATIONS = ["triton"] if DEVICE.type == "cuda" else ["cpu", "triton"]
+
+SHAPES = {
+    "one sequence": dict(query_lens=[300], seq_lens=[300]),
+    "odd lengths": dict(query_lens=[63, 111, 1], seq_lens=[63, 111, 1]),
+    "last chunk": dict(query_lens=[77], seq_lens=[277]),
+    "inside a segment": dict(query_lens=[5, 40], seq_lens=[133, 170]),
+    "one token": dict(query_lens=[1, 1], seq_lens=[200, 129]),
+    "empty rows": dict(query_lens=[0, 150, 0], seq_lens=[0, 150, 20]),
+}
+HEADS = {"mha": (2, 2), "gqa3": (3, 1), "gqa4": (4, 1), "gqa8": (8, 1), "gqa2x2": (4, 2)}
+
+
+def one_wave(case, by_position=True, budget=None, segment_len=64, tile_size=32):
+    plan = make_plan(
+        case.query_lens, case.lens, segment_len=segment_len, tile_size=tile_size,
+        num_kv_heads=case.key_cache.shape[2], max_slots=2**30, by_position=by_position, budget=budget,
+    )  # fmt: skip
+    (wave,) = to_device(plan, DEVICE).waves
+    return wave
+
+
+def rank(stage, case, wave, num_classes=32):
+    return stage.rank_keys(
+        case.query, case.key_cache, case.block_table, wave.segments, wave.wave.num_slots, num_classes,
+        max_history=wave.wave.max_history, groups=wave.groups,
+    )  # fmt: skip
+
+
+def attend(stage, case, wave, slots, order, thresholds, rule="worst_row", interval=2):
+    out = torch.full_like(case.query, float("nan"))
+    pairs = stage.attend(
+        case.query, case.key_cache, case.value_cache, case.block_table, wave.segments, wave.tiles, slots, order,
+        thresholds, out, scale=case.scale, key_block=16, stop_interval=interval, stop_rule=rule, tile_size=32,
+    )  # fmt: skip
+    return out, pairs.long()
+
+
+def test_columns_of_the_segment_table():
+    assert Segment._fields == (
+        "seq", "query_row", "query_pos", "num_queries", "history", "visit_limit", "offset",
+    )  # fmt: skip
+    assert [naive.SEQ, naive.QUERY_ROW, naive.QUERY_POS, naive.NUM_QUERIES] == [0, 1, 2, 3]
+    assert [naive.HISTORY, naive.VISIT_LIMIT, naive.OFFSET] == [4, 5, 6]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ranking(implementation, shape, heads):
+    """A permutation of each history in which no key stands a class before a better one."""
+    case = make_case(**SHAPES[shape], num_heads=HEADS[heads][0], num_kv_heads=HEADS[heads][1], head_size=32)
+    wave = one_wave(case)
+    theirs = rank(naive, case, wave)
+    ours = rank(stages(implementation, DEVICE), case, wave)
+    page, group = case.key_cache.shape[1], HEADS[heads][0] // HEADS[heads][1]
+    for segment in wave.segments.tolist():
+        rows = slice(segment[naive.QUERY_ROW], segment[naive.QUERY_ROW] + segment[naive.NUM_QUERIES])
+        for kv_head in range(HEADS[heads][1]):
+            a, b = (naive.ranking_of(x, segment, kv_head) for x in (theirs, ours))
+            assert torch.equal(a.sort().values, b.sort().values)
+            if not len(a):
+                continue
+            mean = case.query[rows, kv_head * group : (kv_head + 1) * group].float().mean((0, 1))
+            score = naive.read_rows(case.key_cache, b, kv_head) @ mean
+            width = (score.max() - score.min()) / 32
+            assert (score[1:] - torch.cummin(score, 0).values[:-1]).max() <= width * 1.01 + 1e-5
+            # Rounding may move a key across a class border, rarely.
+            assert (a != b).float().mean() < 0.05 or len(a) < 64
+    assert page
+
+
+@pytest.mark.parametrize("implementation", ["naive", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_ranking_of_bad_keys_is_a_permutation(implementation, bad):
+    case = make_case([200], [200], head_size=32)
+    case.key_cache[case.block_table[0, 1], 3, 0, 5] = bad
+    case.query[130, 0, 0] = bad
+    wave = one_wave(case)
+    slots = rank(stages(implementation, DEVICE), case, wave)
+    for segment in wave.segments.tolist():
+        for kv_head in range(2):
+            ranking = naive.ranking_of(slots, segment, kv_head).long()
+            positions = torch.arange(segment[naive.HISTORY], device=DEVICE)
+            history = naive.slots_of(case.block_table, 0, positions, 16)
+            assert torch.equal(ranking.sort().values, history.long().sort().values)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_query_order(implementation):
+    case = make_case([90, 150], [90, 233], num_heads=6, num_kv_heads=2, head_size=32)
+    wave = one_wave(case, by_position=False)
+    slots = rank(naive, case, wave)
+    theirs = naive.order_queries(case.query, case.key_cache, wave.segments, slots, 64)
+    ours = stages(implementation, DEVICE).order_queries(case.query, case.key_cache, wave.segments, slots, 64)
+    for index, segment in enumerate(wave.segments.tolist()):
+        count = segment[naive.NUM_QUERIES]
+        assert torch.equal(ours[index, :, :count].sort(-1).values, theirs[index, :, :count].sort(-1).values)
+        assert (ours[index, :, :count] != theirs[index, :, :count]).float().mean() < 0.05
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rule", ["worst_row", "mean_row"])
+@pytest.mark.parametrize("ordered", [False, True], ids=["position", "guide"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attend_stops_where_the_oracle_stops(implementation, shape, ordered, rule):
+    """The same rankings in, the same tiles stopped at the same key, the same output."""
+    case = make_case(**SHAPES[shape], num_heads=4, num_kv_heads=2, head_size=32)
+    wave = one_wave(case, by_position=not ordered)
+    slots = rank(naive, case, wave)
+    order = naive.order_queries(case.query, case.key_cache, wave.segments, slots, 64) if ordered else None
+    thresholds = torch.tensor([0.0, 0.02, 0.05, 0.2], device=DEVICE)
+    expected, expected_pairs = attend(naive, case, wave, slots, order, thresholds, rule)
+    out, pairs = attend(stages(implementation, DEVICE), case, wave, slots, order, thresholds, rule)
+    assert torch.equal(pairs, expected_pairs)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=2e-5)
+    if shape == "one sequence":  # the rule must have had something to decide
+        assert (pairs[:, 3] < pairs[:, 0]).any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("page", [16, 32, 128])
+def test_layouts(implementation, layout, page):
+    case = make_case([70, 150], [70, 260], layout=layout, page=page, head_size=64)
+    wave = one_wave(case)
+    slots = rank(stages(implementation, DEVICE), case, wave)
+    thresholds = torch.zeros(4, device=DEVICE)
+    out, _ = attend(stages(implementation, DEVICE), case, wave, slots, None, thresholds)
+    torch.testing.assert_close(out, naive.dense_attention(**case.arguments), rtol=1e-4, atol=2e-5)
+
+
+def test_params_defaults_are_valid():
+    assert S2OParams().segment_len % S2OParams().tile_size == 0

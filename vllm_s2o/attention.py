@@ -1,0 +1,285 @@
+"""`prefill_attention`: checks the arguments once, plans the step and runs its stages on the device at hand."""
+
+import functools
+import importlib
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
+from typing import Literal, NamedTuple
+
+import torch
+
+from vllm_s2o.config import S2OParams
+from vllm_s2o.plan import StepPlan, Wave, make_plan
+
+Implementation = Literal["auto", "triton", "cpu", "naive"]
+
+WORKSPACE_BYTES = 448 * 2**20
+"""Rankings and scores held at one time, at most. With the small tables beside them a step stays below 512 MiB."""
+
+MAX_SLOTS = WORKSPACE_BYTES // 8
+"""Each entry is an index (int32) and its score (fp32)."""
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Stats(NamedTuple):
+    """What was computed, per row of the batch and query head."""
+
+    visited_pairs: torch.Tensor
+    """[num_seqs, num_heads] int64: (query, key) pairs that entered the softmax."""
+    causal_pairs: torch.Tensor
+    """[num_seqs, num_heads] int64: pairs that dense causal attention computes."""
+
+
+@dataclass(frozen=True)
+class DeviceWave:
+    """A wave with its tables on the device."""
+
+    wave: Wave
+    segments: torch.Tensor
+    tiles: torch.Tensor
+    groups: torch.Tensor
+    tile_seqs: torch.Tensor
+    """[num_tiles] int64: the row of the batch that a tile belongs to."""
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """A step's plan with its tables on the device: made once a step, used by every layer."""
+
+    plan: StepPlan
+    waves: tuple[DeviceWave, ...]
+
+    @property
+    def max_slots(self) -> int:
+        """The longest list of slots that a wave needs."""
+        return max((tables.wave.num_slots for tables in self.waves), default=0)
+
+
+def stages(implementation: Implementation, device: torch.device) -> ModuleType | SimpleNamespace:
+    """rank_keys, order_queries and attend for a device ("auto") or by name."""
+    if implementation == "auto":
+        implementation = "triton" if device.type == "cuda" else "cpu"
+    if implementation != "triton":
+        return importlib.import_module(f"vllm_s2o.kernels.{implementation}")
+    rank = importlib.import_module("vllm_s2o.kernels.rank")
+    prefill = importlib.import_module("vllm_s2o.kernels.prefill")
+    return SimpleNamespace(rank_keys=rank.rank_keys, order_queries=rank.order_queries, attend=prefill.attend)
+
+
+def plan_step(
+    query_lens: list[int],
+    seq_lens: list[int],
+    params: S2OParams,
+    num_kv_heads: int,
+    seqs: list[int] | None = None,
+    max_slots: int = MAX_SLOTS,
+) -> StepPlan:
+    """`make_plan` with what `params` say."""
+    return make_plan(
+        query_lens,
+        seq_lens,
+        segment_len=params.segment_len,
+        tile_size=params.tile_size,
+        num_kv_heads=num_kv_heads,
+        max_slots=max_slots,
+        by_position=params.query_order == "position",
+        budget=params.budget,
+        seqs=seqs,
+    )
+
+
+def to_device(plan: StepPlan, device: torch.device) -> DevicePlan:
+    """Copy a plan's tables without waiting for the device."""
+    from vllm_s2o.kernels.tables import as_table, score_groups
+
+    waves = []
+    for wave in plan.waves:
+        seqs = [wave.segments[tile.segment].seq for tile in wave.tiles]
+        waves.append(
+            DeviceWave(
+                wave,
+                as_table(wave.segments, device),
+                as_table(wave.tiles, device),
+                as_table(score_groups(wave.segments), device),
+                as_table(seqs, device, torch.int64),
+            )
+        )
+    return DevicePlan(plan, tuple(waves))
+
+
+@functools.lru_cache(maxsize=4096)
+def _thresholds(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Kept: a copy from the host would wait for the device in each layer of each step."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def allocate_workspace(num_slots: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(slots, scores) for waves of up to `num_slots` entries."""
+    return (
+        torch.empty(num_slots, dtype=torch.int32, device=device),
+        torch.empty(num_slots, dtype=torch.float32, device=device),
+    )
+
+
+def run(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    plan: DevicePlan,
+    params: S2OParams,
+    scale: float,
+    out: torch.Tensor,
+    *,
+    workspace: tuple[torch.Tensor, torch.Tensor] | None = None,
+    implementation: Implementation = "auto",
+) -> torch.Tensor:
+    """Attend the plan's rows, wave by wave, into `out`; other rows of `out` are left alone.
+
+    Returns the visited pairs, [num_seqs, num_heads] int64. Nothing here waits for the device.
+    """
+    num_heads, head_size = query.shape[1:]
+    stage = stages(implementation, query.device)
+    thresholds = _thresholds(params.thresholds(num_heads), query.device)
+    # A budget is a fixed share: the stop rule is off.
+    if params.budget is not None:
+        thresholds = torch.zeros_like(thresholds)
+    visited = torch.zeros(plan.plan.num_seqs, num_heads, dtype=torch.int64, device=query.device)
+    for tables in plan.waves:
+        wave = tables.wave
+        slots = stage.rank_keys(
+            query, key_cache, block_table, tables.segments, wave.num_slots, params.num_classes,
+            max_history=wave.max_history, groups=tables.groups, workspace=workspace,
+        )  # fmt: skip
+        order = None
+        if params.query_order == "guide":
+            order = stage.order_queries(query, key_cache, tables.segments, slots, params.segment_len)
+        pairs = stage.attend(
+            query, key_cache, value_cache, block_table, tables.segments, tables.tiles, slots, order, thresholds, out,
+            scale=scale, key_block=params.key_block, stop_interval=params.stop_interval,
+            stop_rule=params.stop_rule, tile_size=params.tile_size,
+        )  # fmt: skip
+        visited.index_add_(0, tables.tile_seqs, pairs.long())
+    return visited
+
+
+def prefill_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    *,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    params: S2OParams,
+    out: torch.Tensor | None = None,
+    return_stats: bool = False,
+    implementation: Implementation = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, Stats]:
+    """S2O attention of new tokens over a paged KV cache that already holds their keys and values.
+
+    Args:
+        query: [num_tokens, num_heads, head_size], bf16, fp16 or fp32: the last tokens of each sequence, packed.
+        key_cache, value_cache: [num_blocks, block_size, num_kv_heads, head_size], same dtype, any strides.
+        block_table: [num_seqs, max_blocks] int32. Entries beyond a sequence's length are not read.
+        query_start_loc: [num_seqs + 1] int32, ascending from 0 to num_tokens.
+        seq_lens: [num_seqs] int32, the new tokens included.
+        scale: factor on the logits, as a rule head_size ** -0.5.
+        params: threshold, segment length and the rest; `threshold=0` computes dense attention.
+        out: written in place where given, shaped and typed like query.
+        return_stats: also return the visited and the causal pairs.
+        implementation: "auto" takes Triton on a GPU and the vectorised path on a CPU; "naive" is the oracle.
+
+    Returns:
+        out, or (out, Stats).
+
+    Raises:
+        ValueError: an argument that does not fit the others, in one sentence.
+
+    The lengths are read on the host once to plan the step, which waits for the device; a server plans
+    from lengths it already has (`plan_step`, `to_device`, `run`).
+    """
+    _check(query, key_cache, value_cache, block_table, query_start_loc, seq_lens, out)
+    starts, lens = query_start_loc.tolist(), seq_lens.tolist()
+    query_lens = [b - a for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    _check_lengths(starts, query_lens, lens, query.shape[0], block_table.shape[1] * key_cache.shape[1])
+    if out is None:
+        out = torch.empty_like(query)
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    plan = plan_step(query_lens, lens, params, key_cache.shape[2])
+    visited = run(
+        query, key_cache, value_cache, block_table, to_device(plan, query.device), params, scale, out,
+        implementation=implementation,
+    )  # fmt: skip
+    if not return_stats:
+        return out
+    causal = torch.tensor(plan.causal_pairs, dtype=torch.int64, device=query.device)
+    return out, Stats(visited, causal[:, None].expand(-1, query.shape[1]).contiguous())
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(f"prefill_attention: {message}")
+
+
+def _check(query, key_cache, value_cache, block_table, query_start_loc, seq_lens, out) -> None:
+    _require(query.dim() == 3, f"query must be [num_tokens, num_heads, head_size], got {list(query.shape)}")
+    _require(
+        key_cache.dim() == 4 and key_cache.shape == value_cache.shape,
+        "key_cache and value_cache must both be [num_blocks, block_size, num_kv_heads, head_size], "
+        f"got {list(key_cache.shape)} and {list(value_cache.shape)}",
+    )
+    num_heads, head_size = query.shape[1:]
+    num_kv_heads = key_cache.shape[2]
+    _require(
+        head_size == key_cache.shape[3], f"head_size differs: {head_size} in query, {key_cache.shape[3]} in the caches"
+    )
+    _require(
+        num_kv_heads > 0 and num_heads % num_kv_heads == 0,
+        f"the {num_heads} query heads must be a multiple of the {num_kv_heads} KV heads",
+    )
+    _require(
+        query.dtype in DTYPES and query.dtype == key_cache.dtype == value_cache.dtype,
+        "query, key_cache and value_cache must share one dtype of bfloat16, float16 and float32, "
+        f"got {query.dtype}, {key_cache.dtype} and {value_cache.dtype}",
+    )
+    num_seqs = seq_lens.shape[0]
+    for name, tensor, shape in (
+        ("block_table", block_table, (num_seqs, None)),
+        ("query_start_loc", query_start_loc, (num_seqs + 1,)),
+        ("seq_lens", seq_lens, (num_seqs,)),
+    ):
+        fits = tensor.dim() == len(shape) and all(s in (None, t) for s, t in zip(shape, tensor.shape, strict=True))
+        wanted = str(list(shape)).replace("None", "max_blocks")
+        _require(
+            fits and tensor.dtype == torch.int32,
+            f"{name} must be int32 {wanted}, got {tensor.dtype} {list(tensor.shape)}",
+        )
+    for name, tensor in (
+        ("key_cache", key_cache), ("value_cache", value_cache), ("block_table", block_table),
+        ("query_start_loc", query_start_loc), ("seq_lens", seq_lens), ("out", out),
+    ):  # fmt: skip
+        _require(
+            tensor is None or tensor.device == query.device,
+            f"{name} must be on the query's device {query.device}" + (f", got {tensor.device}" if tensor is not None else ""),
+        )
+    if out is not None:
+        _require(
+            out.shape == query.shape and out.dtype == query.dtype,
+            f"out must be {query.dtype} {list(query.shape)} like query, got {out.dtype} {list(out.shape)}",
+        )
+
+
+def _check_lengths(starts: list[int], query_lens: list[int], lens: list[int], num_tokens: int, capacity: int) -> None:
+    _require(
+        starts[0] == 0 and starts[-1] == num_tokens and all(n >= 0 for n in query_lens),
+        f"query_start_loc must ascend from 0 to the {num_tokens} rows of query, got {starts}",
+    )
+    for seq, (query_len, seq_len) in enumerate(zip(query_lens, lens, strict=True)):
+        _require(
+            query_len <= seq_len <= capacity,
+            f"sequence {seq} has {query_len} queries and length {seq_len}: the length must lie between the queries "
+            f"and the {capacity} tokens that its row of block_table holds",
+        )

@@ -1,0 +1,240 @@
+"""The backend: the platform's dense attention, with the prefill of long sequences taken over by S2O.
+
+    build (once a step)     which rows are long enough -> a plan, and dense metadata for the rows between
+    forward (each layer)    dense rows -> the dense backend; sparse rows -> attention.run; one output
+
+Cache shape and update, decode, graphs and metadata stay the dense backend's. Imported only where the
+flag was given, in a process that runs the model.
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_s2o import attention, compat, stats
+from vllm_s2o.config import ResolvedConfig, S2OParams
+from vllm_s2o.plan import dense_runs, workspace_slots
+from vllm_s2o.settings import resolve
+
+logger = compat.logger()
+reporter = stats.Reporter(logger.info)
+
+_told: set[str] = set()
+
+
+def tell_once(reason: str) -> None:
+    """Say why something stays dense, the first time that it does."""
+    if reason not in _told:
+        _told.add(reason)
+        logger.info("s2o: dense: %s", reason)
+
+
+def layer_index(layer_name: str) -> int | None:
+    """`model.layers.12.self_attn.attn` is layer 12 of the model; None where the name does not say."""
+    numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", layer_name)
+    return int(numbers[0]) if len(numbers) == 1 else None
+
+
+def reserved_slots(vllm_config, num_kv_heads: int, config: ResolvedConfig) -> int:
+    """Index entries that the workspace holds: what profiling reserves and no plan exceeds."""
+    return workspace_slots(
+        vllm_config.model_config.max_model_len,
+        vllm_config.scheduler_config.max_num_batched_tokens,
+        config.params.segment_len,
+        num_kv_heads,
+        attention.MAX_SLOTS,
+    )
+
+
+@dataclass(frozen=True)
+class DenseRun:
+    """Neighbouring rows of a step that stay dense."""
+
+    rows: slice
+    tokens: slice
+    metadata: Any
+
+
+@dataclass(frozen=True)
+class Work:
+    """The sparse part of one step, hung on the dense backend's metadata. Holds no slots: vLLM may copy
+    the metadata to another cache group with a block table of its own."""
+
+    plan: attention.DevicePlan
+    dense: tuple[DenseRun, ...]
+    step: stats.Step
+
+
+DENSE: Any = compat.dense_backend()
+
+
+class S2OMetadataBuilder(DENSE.get_builder_cls()):
+    """The dense builder, and the plan of a step's long prefills."""
+
+    _cudagraph_support = compat.cudagraph_support(DENSE.get_builder_cls())
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device, *args, **kwargs):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device, *args, **kwargs)
+        self.s2o = resolve(vllm_config)
+        layers = vllm_config.compilation_config.static_forward_context
+        self.s2o_slots = reserved_slots(vllm_config, kv_cache_spec.num_kv_heads, self.s2o)
+        self.s2o_layers = [layers[name] for name in layer_names if isinstance(layers[name].impl, S2OImpl)]
+        dense: dict[str, list[str]] = {}
+        for layer in self.s2o_layers:
+            reason = layer.impl.settle(layer, self.s2o)
+            if reason is not None:
+                dense.setdefault(reason, []).append(str(layer_index(layer.layer_name)))
+        self.any_sparse = any(layer.impl.s2o_params is not None for layer in self.s2o_layers)
+        if compat.tensor_parallel()[0] == 0:
+            self._introduce(dense)
+
+    def _introduce(self, dense: dict[str, list[str]]) -> None:
+        for line in self.s2o.describe():
+            logger.info("s2o: %s", line)
+        sparse = len(self.s2o_layers) - sum(map(len, dense.values()))
+        path = "Triton kernels" if self.device.type == "cuda" else "the CPU path"
+        logger.info("s2o: %d of %d attention layers take %s for long prefills", sparse, len(self.s2o_layers), path)
+        for reason, names in dense.items():
+            logger.info("s2o: dense: %s (layers %s)", reason, ",".join(names))
+
+    def build(self, common_prefix_len, common_attn_metadata, fast_build: bool = False, **kwargs):
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
+        # Drafts are built fast and are short; they have no plan.
+        if self.any_sparse and not fast_build:
+            metadata.s2o = self._plan(common_attn_metadata, metadata)
+        return metadata
+
+    def build_for_cudagraph_capture(self, common_attn_metadata, *args, **kwargs):
+        metadata = super().build_for_cudagraph_capture(common_attn_metadata, *args, **kwargs)
+        metadata.s2o = None  # a graph must not hold a plan, whatever the lengths of a dummy batch are
+        return metadata
+
+    def update_block_table(self, metadata, blk_table, slot_mapping):
+        update = super().update_block_table
+        new = update(metadata, blk_table, slot_mapping)
+        work = getattr(metadata, "s2o", None)
+        if work is not None:
+            dense = tuple(
+                dataclasses.replace(run, metadata=update(run.metadata, blk_table[run.rows], slot_mapping[run.tokens]))
+                for run in work.dense
+            )
+            step = dataclasses.replace(work.step, done=0, sparse=0, heads=0, visited=None)
+            new.s2o = dataclasses.replace(work, dense=dense, step=step)
+        return new
+
+    def _plan(self, common, metadata) -> Work | None:
+        if common.max_query_len < self.s2o.min_query_len or common.max_seq_len < self.s2o.min_seq_len:
+            return None
+        reason = compat.step_problem(common, metadata)
+        lengths = compat.host_lengths(common)
+        if lengths is None:
+            reason = "sequence lengths are not known on the host"
+        if reason is not None:
+            tell_once(reason)
+            return None
+        query_lens, seq_lens = lengths
+        sparse = []
+        for row, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
+            if seq_len < self.s2o.min_seq_len:
+                tell_once(f"sequences shorter than min_seq_len={self.s2o.min_seq_len}")
+            elif query_len < self.s2o.min_query_len:
+                tell_once(f"fewer new tokens than min_query_len={self.s2o.min_query_len}, decode among them")
+            else:
+                sparse.append(row)
+        if not sparse:
+            return None
+        num_kv_heads = self.kv_cache_spec.num_kv_heads
+        plan = attention.plan_step(query_lens, seq_lens, self.s2o.params, num_kv_heads, sparse, self.s2o_slots)
+        starts = common.query_start_loc_cpu.tolist()
+        dense = []
+        for first, last in dense_runs(query_lens, sparse):
+            rows = compat.slice_rows(common, first, last, query_lens, seq_lens)
+            # A fast build: the builder's buffer for the kernel's schedule belongs to the whole batch.
+            run = super().build(0, rows, True)
+            dense.append(DenseRun(slice(first, last), slice(starts[first], starts[last]), run))
+        step = stats.Step(
+            [query_lens[row] for row in sparse],
+            [seq_lens[row] for row in sparse],
+            sum(plan.causal_pairs),
+            len(self.s2o_layers),
+        )
+        return Work(attention.to_device(plan, self.device), tuple(dense), step)
+
+
+class S2OImpl(DENSE.get_impl_cls()):
+    """The dense implementation, and S2O for the rows that a step's plan names."""
+
+    s2o_params: S2OParams | None = None
+    """What this layer runs with; None: it stays dense. Known once the metadata builder has seen the layer."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        from vllm.config import get_current_vllm_config
+
+        vllm_config = get_current_vllm_config()
+        self._s2o_slots = reserved_slots(vllm_config, self.num_kv_heads, resolve(vllm_config))
+
+    def settle(self, layer, config: ResolvedConfig) -> str | None:
+        """Choose this layer's path. Returns the reason when it stays dense."""
+        self.s2o_params = None
+        reason = compat.layer_problem(self, layer)
+        if reason is not None:
+            return reason
+        index = layer_index(layer.layer_name)
+        params = config.params if index is None else config.layer(index)
+        if params is None:
+            return "the config says so"
+        if isinstance(params.threshold, tuple):  # the config counts the model's heads, this rank holds some of them
+            rank, _ = compat.tensor_parallel()
+            mine = params.threshold[rank * self.num_heads : (rank + 1) * self.num_heads]
+            params = params.model_copy(update={"threshold": mine})
+        self.s2o_params = params
+        return None
+
+    def _workspace(self, num_slots: int):
+        return compat.reserve_workspace(((num_slots,), torch.int32), ((num_slots,), torch.float32))
+
+    def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs):
+        work = getattr(attn_metadata, "s2o", None)
+        if work is None:
+            if attn_metadata is None:  # memory profiling: what a long prefill will need
+                self._workspace(self._s2o_slots)
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+        params = self.s2o_params
+        if params is None:
+            super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+            if work.step.dense_layer():
+                reporter.finish(work.step)
+            return output
+        for run in work.dense:
+            rows = run.tokens
+            super().forward(
+                layer, query[rows], key[rows], value[rows], kv_cache, run.metadata, output[rows], *args, **kwargs
+            )
+        key_cache, value_cache, block_table = compat.caches(layer, self, kv_cache, attn_metadata.block_table)
+        visited = attention.run(
+            query, key_cache, value_cache, block_table, work.plan, params, self.scale, output,
+            workspace=self._workspace(work.plan.max_slots),
+        )  # fmt: skip
+        if work.step.sparse_layer(visited):
+            reporter.finish(work.step)
+        return output
+
+
+class S2OBackend(DENSE):
+    """What `--attention-backend CUSTOM` names."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[S2OImpl]:
+        return S2OImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[S2OMetadataBuilder]:
+        return S2OMetadataBuilder

@@ -1,0 +1,337 @@
+"""Every difference between vLLM versions and platforms. Nothing else in the project asks for a version.
+
+Written against the sources of vLLM 0.25.1, 0.32.0 and 0.33.0.
+"""
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+SUPPORTED = ("0.25.1", "0.34")
+"""First supported vLLM version, and the first one that is not."""
+
+BACKEND_PATH = "vllm_s2o.backend.S2OBackend"
+NAME = "S2O"
+
+
+def logger():
+    """vLLM sets up handlers for its own namespace only: a logger outside it would stay silent."""
+    from vllm.logger import init_logger
+
+    return init_logger("vllm.s2o")
+
+
+# -- versions ---------------------------------------------------------------------------------------------------------
+
+
+def _release(version: str) -> tuple[int, ...]:
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in match.group().split(".")) if match else ()
+
+
+def version_problem(vllm_version: str | None = None) -> str | None:
+    """A sentence that names both versions when this vLLM is outside the bounds, else None."""
+    from vllm_s2o.version import __version__
+
+    if vllm_version is None:
+        import vllm
+
+        vllm_version = vllm.__version__
+    release = _release(vllm_version)
+    if release and not _release(SUPPORTED[0]) <= release < _release(SUPPORTED[1]):
+        return (
+            f"vllm-s2o {__version__} works with vLLM {SUPPORTED[0]} up to, not including, {SUPPORTED[1]}; "
+            f"vLLM {vllm_version} is installed: install a supported vLLM, or start without the S2O backend."
+        )
+    return None
+
+
+# -- registration -----------------------------------------------------------------------------------------------------
+
+
+def s2o_member(path: str = BACKEND_PATH):
+    """The backend's member of vLLM's enum: S2O where vLLM allows new names, else CUSTOM.
+
+    Also what the pickled member calls in another process, where it may not exist yet: an engine
+    process unpickles its configuration before it loads plugins.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    if NAME in AttentionBackendEnum.__members__:
+        return AttentionBackendEnum[NAME]
+    if not hasattr(AttentionBackendEnum, "register"):
+        return AttentionBackendEnum.CUSTOM
+    member = AttentionBackendEnum.register(NAME, path)
+    member.__reduce_ex__ = lambda protocol: (s2o_member, (path,))
+    return member
+
+
+def register_backend(path: str = BACKEND_PATH) -> None:
+    """Make `--attention-backend CUSTOM`, and S2O where vLLM allows it, name the backend."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    custom = AttentionBackendEnum.CUSTOM
+    if custom.is_overridden() and custom.get_path() != path:
+        logger().warning(
+            "s2o: the backend name CUSTOM belongs to %s; use --attention-backend %s.", custom.get_path(), NAME
+        )
+    else:
+        register_backend(custom, path)
+    s2o_member(path)
+
+
+def is_s2o(backend: Any) -> bool:
+    """Whether a member of vLLM's enum names this backend."""
+    if backend is None:
+        return False
+    return backend.name == NAME or (backend.name == "CUSTOM" and backend.is_overridden() and backend.get_path() == BACKEND_PATH)
+
+
+def uses_s2o(vllm_config) -> bool:
+    """Whether the flag was given, for all layers or for one kind of layer."""
+    config = vllm_config.attention_config
+    return is_s2o(config.backend) or any(map(is_s2o, (getattr(config, "backend_per_kind", None) or {}).values()))
+
+
+def install_hooks(on_config: Callable[[Any], None]) -> None:
+    """Call `on_config` with each configuration that has the flag, and make the flag effective on CPU.
+
+    vLLM has no hook that lets a general plugin see the configuration before engine processes start,
+    and its CPU platform ignores the flag. Both are methods of the platform, wrapped here.
+    """
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    if getattr(platform.check_and_update_config, "s2o", False):
+        return
+    check = platform.check_and_update_config
+
+    def check_and_update_config(cls, vllm_config) -> None:
+        check(vllm_config)
+        if uses_s2o(vllm_config):
+            on_config(vllm_config)
+
+    check_and_update_config.s2o = True
+    platform.check_and_update_config = classmethod(check_and_update_config)
+
+    if current_platform.is_cpu():
+        choose = platform.get_attn_backend_cls
+
+        def get_attn_backend_cls(cls, selected_backend, *args, **kwargs) -> str:
+            if not is_s2o(selected_backend):
+                return choose(selected_backend, *args, **kwargs)
+            dense = choose(None, *args, **kwargs)
+            # Anything but plain attention (MLA, for one) is refused by S2O's backend, not replaced silently.
+            if not dense.endswith(".CPUAttentionBackend"):
+                raise ValueError(f"The S2O backend cannot stand in for {dense.rpartition('.')[2]}: start without it.")
+            return BACKEND_PATH
+
+        platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+class StartError(RuntimeError):
+    """A configuration that cannot be served, in one sentence. No ValueError: pydantic would wrap that."""
+
+
+def stop(sentence: str) -> None:
+    """End the start with this sentence: at a terminal as the last line, in a program as an exception."""
+    main = getattr(sys.modules.get("__main__"), "__file__", None) or ""
+    if os.path.basename(main) in ("vllm", "api_server.py", "main.py"):
+        raise SystemExit(f"vllm-s2o: {sentence}")
+    raise StartError(sentence)
+
+
+# -- the model and the dense backend ----------------------------------------------------------------------------------
+
+
+def model_traits(model_config) -> dict[str, Any]:
+    """What a config file is matched by."""
+    text = model_config.hf_text_config
+    architectures = getattr(model_config.hf_config, "architectures", None) or ["unknown"]
+    return dict(
+        name=str(model_config.model),
+        architecture=architectures[0],
+        num_layers=int(text.num_hidden_layers),
+        num_heads=int(text.num_attention_heads),
+        num_kv_heads=int(model_config.get_total_num_kv_heads()),
+        head_size=int(model_config.get_head_size()),
+    )
+
+
+def dense_backend() -> type:
+    """The platform's own backend, which everything but long prefill is left to."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        return CPUAttentionBackend
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+    return FlashAttentionBackend
+
+
+def cudagraph_support(dense_builder: type):
+    """At most uniform decode: a graph of a mixed batch would freeze the choice between sparse and dense."""
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    support = dense_builder._cudagraph_support
+    return min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda s: s.value)
+
+
+def tensor_parallel() -> tuple[int, int]:
+    """(rank, size)"""
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+    return get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+
+
+def reserve_workspace(*shapes_and_dtypes) -> list[torch.Tensor] | None:
+    """Buffers from vLLM's workspace manager, which memory profiling knows; None where there is none."""
+    from vllm.v1.worker import workspace
+
+    if not workspace.is_workspace_manager_initialized():
+        return None
+    return workspace.current_workspace_manager().get_simultaneous(*shapes_and_dtypes)
+
+
+def layer_problem(impl, layer) -> str | None:
+    """Why this layer must stay dense, or None."""
+    window = impl.sliding_window
+    if (window[0] if isinstance(window, tuple) else window or -1) >= 0:
+        return "sliding window"
+    if impl.alibi_slopes is not None:
+        return "ALiBi"
+    if impl.logits_soft_cap:
+        return "logits soft cap"
+    if getattr(impl, "sinks", None) is not None:
+        return "attention sinks"
+    if str(getattr(impl.attn_type, "value", impl.attn_type)) != "decoder":
+        return "encoder or cross attention"
+    if impl.kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
+        return f"quantised KV cache ({impl.kv_cache_dtype})"
+    if getattr(impl, "total_cp_world_size", 1) > 1 or getattr(impl, "dcp_world_size", 1) > 1:
+        return "context parallelism"
+    isa = getattr(layer, "isa", None) or getattr(impl, "isa", None)
+    if isa is not None and isa not in CPU_LAYOUTS:
+        return f"unknown CPU cache layout ({isa})"
+    return None
+
+
+# -- one step ---------------------------------------------------------------------------------------------------------
+
+
+def step_problem(common, metadata) -> str | None:
+    """Why no row of this step may be sparse, or None."""
+    if common.causal is not True:
+        return "non-causal or per-request causality"
+    if getattr(metadata, "use_cascade", False):
+        return "cascade attention"
+    if getattr(common, "mm_req_doc_ranges", None):
+        return "multimodal prefix ranges"
+    if getattr(common, "rswa_prefix_lens", None) is not None:
+        return "R-SWA"
+    if getattr(common, "logits_indices_padded", None) is not None:
+        return "fast prefill of shared KV layers"
+    if getattr(common, "encoder_seq_lens", None) is not None:
+        return "encoder or cross attention"
+    return None
+
+
+def host_lengths(common) -> tuple[list[int], list[int]] | None:
+    """(query lengths, sequence lengths) of the step's rows as the host knows them, or None.
+
+    The upper bound on the sequence lengths is exact for rows in prefill, the only ones that matter here.
+    """
+    starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
+    lens = common.seq_lens_cpu_upper_bound
+    if lens is None:
+        lens = getattr(common, "_seq_lens_cpu", None)
+    if lens is None and not common.seq_lens.is_cuda:
+        lens = common.seq_lens
+    if lens is None:
+        return None
+    return [b - a for a, b in zip(starts[:-1], starts[1:], strict=True)], lens[: common.num_reqs].tolist()
+
+
+_PER_ROW = ("seq_lens", "block_table_tensor", "is_prefilling", "seq_lens_cpu_upper_bound", "_seq_lens_cpu", "req_idx")
+_PER_TOKEN = ("slot_mapping", "positions")
+_CACHED = ("_num_computed_tokens_cpu", "_num_computed_tokens_cache", "_token_to_req_indices_cache")
+
+
+def slice_rows(common, first: int, last: int, query_lens: list[int], seq_lens: list[int]):
+    """The step's metadata for rows `first` to `last` alone."""
+    begin, end = (int(common.query_start_loc_cpu[row]) for row in (first, last))
+    names = {field.name for field in dataclasses.fields(common)}
+    changes: dict[str, Any] = {name: None for name in _CACHED if name in names}
+    for names_cut, cut in ((_PER_ROW, slice(first, last)), (_PER_TOKEN, slice(begin, end))):
+        for name in names_cut:
+            value = getattr(common, name, None)
+            if name in names and value is not None:
+                changes[name] = value[cut]
+    return dataclasses.replace(
+        common,
+        query_start_loc=common.query_start_loc[first : last + 1] - begin,
+        query_start_loc_cpu=common.query_start_loc_cpu[first : last + 1] - begin,
+        num_reqs=last - first,
+        num_actual_tokens=end - begin,
+        max_query_len=max(query_lens[first:last]),
+        max_seq_len=max(seq_lens[first:last]),
+        **changes,
+    )
+
+
+# -- cache layouts ----------------------------------------------------------------------------------------------------
+
+
+def cuda_caches(kv_cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V as [num_blocks, block_size, num_kv_heads, head_size] views of FLASH_ATTN's cache."""
+    if kv_cache.dim() == 5:  # [blocks, 2, block_size, kv_heads, head_size], to 0.25
+        return kv_cache.unbind(1)
+    return kv_cache.transpose(1, 2).split(head_size, dim=-1)  # [blocks, kv_heads, block_size, 2 * head_size]
+
+
+def _split_cpu(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """K and V of CPU_ATTN's cache, each [blocks, kv_heads, block_size * head_size] as the kernels store it."""
+    blocks, heads, block_size, both = kv_cache.shape
+    flat = kv_cache.view(blocks, heads, 2, block_size * both // 2)
+    return flat[:, :, 0], flat[:, :, 1], block_size, both // 2
+
+
+def _plain_cpu(kv_cache: torch.Tensor, block_table: torch.Tensor):
+    """`vec`, `vec16`: a page of K is [head_size, block_size], a page of V [block_size, head_size]; strides name both."""
+    key, value, block_size, head_size = _split_cpu(kv_cache)
+    key = key.unflatten(-1, (head_size, block_size)).permute(0, 3, 1, 2)
+    value = value.unflatten(-1, (block_size, head_size)).transpose(1, 2)
+    return key, value, block_table
+
+
+def _amx_cpu(kv_cache: torch.Tensor, block_table: torch.Tensor):
+    """`amx`: pairs of values lie side by side for the tile units, K as [block_size / 16, head_size / 2, 16, 2], V as
+    [head_size / 16, block_size / 2, 16, 2]. No strides name that: the pages in use are unpacked, the table renumbered."""
+    num_blocks = kv_cache.shape[0]
+    # A table may hold garbage beyond a sequence's end: whatever it names is unpacked, but it must exist.
+    used, renumbered = block_table.clamp(0, num_blocks - 1).unique(return_inverse=True)
+    key, value, block_size, head_size = _split_cpu(kv_cache)
+    key = key[used.long()].unflatten(-1, (block_size // 16, head_size // 2, 16, 2))
+    value = value[used.long()].unflatten(-1, (head_size // 16, block_size // 2, 16, 2))
+    shape = (len(used), key.shape[1], block_size, head_size)
+    key = key.transpose(3, 4).reshape(shape)  # token groups, tokens, pairs, 2
+    value = value.permute(0, 1, 3, 5, 2, 4).reshape(shape)  # token pairs, 2, column groups, columns
+    return key.transpose(1, 2), value.transpose(1, 2), renumbered.int()
+
+
+CPU_LAYOUTS = {"vec": _plain_cpu, "vec16": _plain_cpu, "amx": _amx_cpu}
+"""By the instruction set that packs the cache. `amx` holds for 16-bit types, the only ones vLLM uses it for."""
+
+
+def caches(layer, impl, kv_cache: torch.Tensor, block_table: torch.Tensor):
+    """(key_cache, value_cache, block_table) for `attention.run`."""
+    if kv_cache.is_cuda:
+        return *cuda_caches(kv_cache, impl.head_size), block_table
+    return CPU_LAYOUTS[getattr(layer, "isa", None) or impl.isa](kv_cache, block_table)

@@ -1,0 +1,171 @@
+"""From lengths to work: the segments and tiles of one prefill step.
+
+Pure functions on integers: no tensor, no device, no vLLM.
+
+    sequence   0 ........................ seq_len
+    segments   |--- S ---|--- S ---|--- S ---|--|     at absolute positions, however the prompt is cut
+    this step                  [queries .........)
+    history    |<------ keys before a segment, visited in ranked order
+    tiles                      |-|---|---|---|--|     query rows that stop together
+
+A segment that this step enters in its middle keeps its borders: its history and its tiles are
+those that the whole prompt would have had.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Segment(NamedTuple):
+    """Queries that share a ranking. One row of the table that the kernels read."""
+
+    seq: int
+    """Row of the block table."""
+    query_row: int
+    """Row, in the packed query, of the first query."""
+    query_pos: int
+    """Position of that query in its sequence."""
+    num_queries: int
+    history: int
+    """Keys before the segment: also the position where the segment starts."""
+    visit_limit: int
+    """History keys that may be visited: all of them, or the share that a fixed budget allows."""
+    offset: int
+    """Where, in its wave's flat list of slots, this segment's ranking begins: KV head h has
+    `history` entries from `offset + h * history`."""
+
+
+class Tile(NamedTuple):
+    """Query rows that stop together: ranks `first` to `first + rows` of the segment's query order."""
+
+    segment: int
+    """Index into the wave's segments."""
+    first: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Segments whose rankings are held at the same time, and the tiles that read them."""
+
+    segments: tuple[Segment, ...]
+    tiles: tuple[Tile, ...]
+    num_slots: int
+    """Length of the flat list of slots: the sum of `history` over segments and KV heads."""
+    max_history: int
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The sparse work of one step: what `attention.run` executes for each layer."""
+
+    waves: tuple[Wave, ...]
+    seqs: tuple[int, ...]
+    """The rows that are attended here."""
+    num_seqs: int
+    causal_pairs: tuple[int, ...]
+    """Per row of the batch: (query, key) pairs that causality allows; 0 where the row is not attended here."""
+
+
+def causal_pairs(query_len: int, seq_len: int) -> int:
+    """Pairs under the causal mask when the last `query_len` tokens of `seq_len` are queries."""
+    return query_len * (seq_len - query_len) + query_len * (query_len + 1) // 2
+
+
+def split_segments(seq: int, query_row: int, query_len: int, seq_len: int, segment_len: int) -> Iterator[Segment]:
+    """The segments that the last `query_len` tokens of a sequence fall into."""
+    pos = seq_len - query_len
+    while pos < seq_len:
+        start = pos // segment_len * segment_len
+        end = min(start + segment_len, seq_len)
+        yield Segment(seq, query_row, pos, end - pos, start, start, 0)
+        query_row += end - pos
+        pos = end
+
+
+def split_tiles(index: int, segment: Segment, tile_size: int, by_position: bool) -> Iterator[Tile]:
+    """Tiles of one segment. In position order their borders are absolute too, so that a prompt cut
+    in the middle of a segment leaves every other tile as it was."""
+    lead = (segment.query_pos - segment.history) % tile_size if by_position else 0
+    first = 0
+    while first < segment.num_queries:
+        rows = min(tile_size - lead, segment.num_queries - first)
+        yield Tile(index, first, rows)
+        first += rows
+        lead = 0
+
+
+def dense_runs(query_lens: Sequence[int], sparse: Sequence[int]) -> list[tuple[int, int]]:
+    """Runs [first, last) of neighbouring rows that are not sparse and have queries."""
+    runs, first, chosen = [], 0, set(sparse)
+    for row in [*sorted(chosen), len(query_lens)]:
+        if sum(query_lens[first:row]):
+            runs.append((first, row))
+        first = row + 1
+    return runs
+
+
+def workspace_slots(max_seq_len: int, max_tokens: int, segment_len: int, num_kv_heads: int, max_slots: int) -> int:
+    """The most index entries that a wave of any step can hold.
+
+    One long prompt needs the most that is useful, and many short ones are cut into more waves; a single
+    history is held whole, however long. Pass the result to `make_plan` as max_slots.
+    """
+    one = max_seq_len * num_kv_heads
+    return max(one, min(max_slots, (max_tokens // segment_len + 2) * one))
+
+
+def make_plan(
+    query_lens: Sequence[int],
+    seq_lens: Sequence[int],
+    *,
+    segment_len: int,
+    tile_size: int,
+    num_kv_heads: int,
+    max_slots: int,
+    by_position: bool = True,
+    budget: float | None = None,
+    seqs: Sequence[int] | None = None,
+) -> StepPlan:
+    """Cut the given rows of a batch into waves of segments and tiles.
+
+    Args:
+        query_lens, seq_lens: per row of the batch; a row's queries are the last tokens of its sequence.
+        max_slots: the most index entries that one wave may hold; a single segment is never split.
+        by_position: tiles follow positions (else they follow the ranks of a query order).
+        budget: share of the history that may be visited; None for all of it.
+        seqs: the rows to attend here; all by default.
+    """
+    chosen = tuple(range(len(query_lens)) if seqs is None else seqs)
+    row, segments = 0, []
+    for seq, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
+        if seq in chosen:
+            segments += split_segments(seq, row, query_len, seq_len, segment_len)
+        row += query_len
+    if budget is not None:
+        segments = [s._replace(visit_limit=-int(-budget * s.history // 1)) for s in segments]
+
+    # The longest histories first: their tiles take longest, and the short ones fill the gaps at the end.
+    # Neighbours of one sequence stay together, so that they can be scored in one product.
+    waves: list[Wave] = []
+    batch: list[Segment] = []
+    used = 0
+    for segment in reversed(segments):
+        need = segment.history * num_kv_heads
+        if batch and used + need > max_slots:
+            waves.append(_wave(batch, used, tile_size, by_position))
+            batch, used = [], 0
+        batch.append(segment._replace(offset=used))
+        used += need
+    if batch:
+        waves.append(_wave(batch, used, tile_size, by_position))
+    pairs = tuple(
+        causal_pairs(q, s) if i in chosen else 0 for i, (q, s) in enumerate(zip(query_lens, seq_lens, strict=True))
+    )
+    return StepPlan(tuple(waves), chosen, len(query_lens), pairs)
+
+
+def _wave(segments: list[Segment], num_slots: int, tile_size: int, by_position: bool) -> Wave:
+    tiles = [t for i, s in enumerate(segments) for t in split_tiles(i, s, tile_size, by_position)]
+    return Wave(tuple(segments), tuple(tiles), num_slots, max(s.history for s in segments))

@@ -1,0 +1,34 @@
+"""The entry point that vLLM calls in each of its processes: API server, engine, workers.
+
+Light on purpose: no CUDA context, no kernel, and nothing changes for a server without the flag.
+"""
+
+from vllm_s2o import compat
+
+
+def register() -> None:
+    """Register the backend and watch for the flag. Safe to call any number of times."""
+    problem = compat.version_problem()
+    if problem is not None:
+        compat.logger().error("s2o: %s", problem)
+    compat.register_backend()
+    compat.install_hooks(check)
+
+
+def check(vllm_config) -> None:
+    """Refuse what cannot be served while the person who starts the server can still see it."""
+    problem = compat.version_problem()
+    if problem is not None:
+        compat.stop(problem)
+    model_config = vllm_config.model_config
+    if model_config is None:
+        return
+    if model_config.use_mla:
+        compat.stop("the S2O backend does not support multi-head latent attention (MLA): start without the flag.")
+    from vllm_s2o.config import ConfigError
+    from vllm_s2o.settings import resolve
+
+    try:
+        resolve(vllm_config)
+    except ConfigError as error:
+        compat.stop(str(error))

@@ -1,0 +1,114 @@
+"""What was sparse: counted on the device, read without waiting for it, told to the log."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+LOG_INTERVAL = 1.0
+"""Seconds between two lines about steps; what happens in between is in the totals."""
+
+
+@dataclass
+class Step:
+    """One step with a long prefill, as its layers run."""
+
+    query_lens: list[int]
+    """Of the rows that may be sparse."""
+    seq_lens: list[int]
+    causal_pairs: int
+    """Of these rows, for one head."""
+    num_layers: int
+    """Attention layers that will report."""
+    done: int = 0
+    sparse: int = 0
+    heads: int = 0
+    visited: torch.Tensor | None = field(default=None, repr=False)
+    """Pairs that the sparse layers visited, summed over rows, heads and layers: int64 scalar on the device."""
+
+    def dense_layer(self) -> bool:
+        """Note a layer that ran dense. True with the last layer of the step."""
+        self.done += 1
+        return self.done == self.num_layers
+
+    def sparse_layer(self, visited: torch.Tensor) -> bool:
+        """Note a layer's visited pairs, [num_seqs, num_heads]. True with the last layer of the step."""
+        total = visited.sum()
+        self.visited = total if self.visited is None else self.visited + total
+        self.sparse += 1
+        self.heads += visited.shape[1]
+        return self.dense_layer()
+
+
+@dataclass
+class Totals:
+    steps: int = 0
+    tokens: int = 0
+    visited: int = 0
+    causal: int = 0
+
+    @property
+    def density(self) -> float:
+        return self.visited / self.causal if self.causal else 1.0
+
+
+def _numbers(values: list[int]) -> str:
+    return ",".join(map(str, values[:8])) + (",..." if len(values) > 8 else "")
+
+
+class Reporter:
+    """Turns finished steps into log lines.
+
+    The figures of a step are copied to the host behind its kernels; a thread waits for the copy, so
+    that neither the forward pass nor the next step does.
+    """
+
+    def __init__(self, log: Callable[[str], None], interval: float = LOG_INTERVAL):
+        self._log = log
+        self._interval = interval
+        self._last = -interval
+        self.totals = Totals()
+        self._pending: queue.SimpleQueue = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def finish(self, step: Step) -> None:
+        """Call after the last layer of a step."""
+        if step.visited is None or not step.visited.is_cuda:
+            self.tell(step, 0 if step.visited is None else int(step.visited))
+            return
+        host = torch.empty((), dtype=torch.int64, pin_memory=True)
+        host.copy_(step.visited, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        step.visited = None
+        self._pending.put((step, host, copied))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._drain, name="s2o-stats", daemon=True)
+            self._thread.start()
+
+    def _drain(self) -> None:
+        while True:
+            step, host, copied = self._pending.get()
+            copied.synchronize()
+            self.tell(step, int(host))
+
+    def tell(self, step: Step, visited: int) -> None:
+        """Add a step to the totals, and log it unless a line was logged a moment ago."""
+        causal = step.causal_pairs * step.heads
+        totals = self.totals
+        totals.steps += 1
+        totals.tokens += sum(step.query_lens)
+        totals.visited += visited
+        totals.causal += causal
+        now = time.monotonic()
+        if now - self._last < self._interval:
+            return
+        self._last = now
+        self._log(
+            f"s2o: prefill query={_numbers(step.query_lens)} seq={_numbers(step.seq_lens)} "
+            f"density={visited / causal if causal else 1.0:.3f} sparse_layers={step.sparse}/{step.num_layers} | "
+            f"total steps={totals.steps} tokens={totals.tokens} density={totals.density:.3f}"
+        )
