@@ -25,8 +25,14 @@ SEQ, QUERY_ROW, QUERY_POS, NUM_QUERIES, HISTORY, VISIT_LIMIT, OFFSET = range(7)
 # A query order needs one guide vector per segment and KV head: the mean of its best keys.
 NUM_GUIDE_KEYS = 256
 
-# Scores are brought into this range before they are compared, so that NaN and Inf keep the ranking a permutation.
-SCORE_BOUND = 1e30
+# Scores are brought into this range before they are compared, so that NaN and Inf keep the ranking a permutation
+# and squares stay finite.
+SCORE_BOUND = 1e15
+
+# Importance classes divide the scores from this many standard deviations above the mean to this many below it.
+# An outlier, such as the first token's key, must not stretch the classes of the others; what lies above or below
+# is visited first or hardly ever, and needs no finer order.
+CLASSES_ABOVE, CLASSES_BELOW = 4.0, 1.0
 
 
 def read_rows(cache: torch.Tensor, slots: torch.Tensor, kv_head: int) -> torch.Tensor:
@@ -48,10 +54,11 @@ def ranking_of(slots: torch.Tensor, segment: list[int], kv_head: int) -> torch.T
 
 
 def importance_classes(scores: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Cut the range of the scores into classes of equal width; class 0 holds the highest."""
+    """Classes of equal width around the mean of the scores; class 0 holds the highest."""
     scores = torch.where(scores.isnan(), -SCORE_BOUND, scores).clamp(-SCORE_BOUND, SCORE_BOUND)
-    high, low = scores.max(), scores.min()
-    return ((high - scores) * (num_classes / (high - low).clamp(min=1e-30))).clamp(0, num_classes - 1).int()
+    mean, deviation = scores.mean(), scores.std(correction=0)
+    width = (CLASSES_ABOVE + CLASSES_BELOW) * deviation.clamp(min=1e-20) / num_classes
+    return ((mean + CLASSES_ABOVE * deviation - scores) / width).clamp(0, num_classes - 1).int()
 
 
 def rank_keys(

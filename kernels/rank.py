@@ -2,10 +2,11 @@
 
     pool      mean query of each (segment, KV head)                      one program per pair
     score     mean queries x keys, straight from the paged cache         matrix units, 16+ segments at once
+    moments   sum and sum of squares of each block of scores
     classify  score -> importance class, and how many of each per block  one program per (pair, block of keys)
     scatter   slots to their place in the ranking                        the same
 
-The last two are a stable counting sort: no atomics, so two runs give the same ranking, and keys of
+The last three are a stable counting sort: no atomics, so two runs give the same ranking, and keys of
 one class keep the order of their positions, which the gather of the second pass likes.
 """
 
@@ -87,24 +88,29 @@ def _score(
 
 
 @triton.jit
-def _range(Segments, Scores, Ranges, num_kv_heads, num_blocks, BLOCK: tl.constexpr):
-    """Highest and lowest score in one block of one ranking."""
+def _moments(Segments, Scores, Moments, num_kv_heads, num_blocks, BLOCK: tl.constexpr):
+    """Sum and sum of squares of one block of one ranking's scores, relative to its first score:
+    an offset that all scores share would drown their spread."""
     block, kv_head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     history = tl.load(Segments + segment * 7 + 4)
     begin = tl.load(Segments + segment * 7 + 6) + kv_head * history
     key = block * BLOCK + tl.arange(0, BLOCK)
     if block * BLOCK < history:
-        high = tl.max(tl.load(Scores + begin + key, mask=key < history, other=-_BOUND), 0)
-        low = tl.min(tl.load(Scores + begin + key, mask=key < history, other=_BOUND), 0)
-        at = Ranges + ((segment * num_kv_heads + kv_head) * num_blocks + block) * 2
-        tl.store(at, high)
-        tl.store(at + 1, low)
+        first = tl.load(Scores + begin)
+        score = tl.load(Scores + begin + key, mask=key < history, other=0)
+        score = tl.where(key < history, score - first, 0.0)
+        at = Moments + ((segment * num_kv_heads + kv_head) * num_blocks + block) * 3
+        tl.store(at, tl.sum(score, 0))
+        tl.store(at + 1, tl.sum(score * score, 0))
+        # Kept apart, because the scores are overwritten while other blocks still ask for it.
+        tl.store(at + 2, first)
 
 
 @triton.jit
 def _classify(
-    Segments, Scores, Ranges, Counts, num_kv_heads, num_blocks,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, CLASSES: tl.constexpr, RANGES: tl.constexpr,
+    Segments, Scores, Moments, Counts, num_kv_heads, num_blocks,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr,
+    ABOVE: tl.constexpr, BELOW: tl.constexpr,
 ):  # fmt: skip
     block, kv_head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     history = tl.load(Segments + segment * 7 + 4)
@@ -113,23 +119,25 @@ def _classify(
     begin = tl.load(Segments + segment * 7 + 6) + kv_head * history
     pair = segment * num_kv_heads + kv_head
 
-    high = tl.full([RANGES], -_BOUND, tl.float32)
-    low = tl.full([RANGES], _BOUND, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    squares = tl.zeros([ROWS], tl.float32)
     used = tl.cdiv(history, BLOCK)
-    for start in range(0, used, RANGES):
-        i = start + tl.arange(0, RANGES)
-        at = Ranges + (pair * num_blocks + i) * 2
-        high = tl.maximum(high, tl.load(at, mask=i < used, other=-_BOUND))
-        low = tl.minimum(low, tl.load(at + 1, mask=i < used, other=_BOUND))
-    top = tl.max(high, 0)
-    width = CLASSES / tl.maximum(top - tl.min(low, 0), 1e-30)
+    for start in range(0, used, ROWS):
+        b = start + tl.arange(0, ROWS)
+        at = Moments + (pair * num_blocks + b) * 3
+        total += tl.load(at, mask=b < used, other=0)
+        squares += tl.load(at + 1, mask=b < used, other=0)
+    mean = tl.sum(total, 0) / history
+    deviation = tl.sqrt(tl.maximum(tl.sum(squares, 0) / history - mean * mean, 0))
+    top = mean + ABOVE * deviation + tl.load(Moments + pair * num_blocks * 3 + 2)
+    per_class = CLASSES / ((ABOVE + BELOW) * tl.maximum(deviation, 1e-20))
 
     counts = tl.zeros([CLASSES], tl.int32)
     for start in range(0, BLOCK, CHUNK):
         key = block * BLOCK + start + tl.arange(0, CHUNK)
         score = tl.load(Scores + begin + key, mask=key < history, other=0)
         # The class replaces the score: it is computed once, so that the count and the placement agree.
-        cls = tl.minimum(tl.maximum((top - score) * width, 0), CLASSES - 1).to(tl.int32)
+        cls = tl.minimum(tl.maximum((top - score) * per_class, 0), CLASSES - 1).to(tl.int32)
         tl.store(Scores + begin + key, cls.to(tl.float32), mask=key < history)
         hit = (cls[:, None] == tl.arange(0, CLASSES)[None, :]) & (key < history)[:, None]
         counts += tl.sum(hit.to(tl.int32), 0)
@@ -236,11 +244,14 @@ def rank_keys(
     )  # fmt: skip
     num_blocks = triton.cdiv(max_history, SORT_BLOCK)
     grid = (num_blocks, num_kv_heads, count)
-    ranges = torch.empty(count, num_kv_heads, num_blocks, 2, dtype=torch.float32, device=query.device)
+    moments = torch.empty(count, num_kv_heads, num_blocks, 3, dtype=torch.float32, device=query.device)
     counts = torch.empty(count, num_kv_heads, num_blocks, num_classes, dtype=torch.int32, device=query.device)
-    _range[grid](segments, scores, ranges, num_kv_heads, num_blocks, BLOCK=SORT_BLOCK)
+    _moments[grid](segments, scores, moments, num_kv_heads, num_blocks, BLOCK=SORT_BLOCK)
     sort = dict(BLOCK=SORT_BLOCK, CHUNK=SORT_CHUNK, CLASSES=num_classes)
-    _classify[grid](segments, scores, ranges, counts, num_kv_heads, num_blocks, RANGES=64, **sort)
+    _classify[grid](
+        segments, scores, moments, counts, num_kv_heads, num_blocks, ROWS=64,
+        ABOVE=naive.CLASSES_ABOVE, BELOW=naive.CLASSES_BELOW, **sort,
+    )  # fmt: skip
     _scatter[grid](
         segments, scores, counts, block_table, slots, num_kv_heads, num_blocks, block_table.stride(0),
         PAGE=block_size, ROWS=16, **sort,

@@ -64,7 +64,7 @@ def test_ranking(implementation, shape, heads):
     wave = one_wave(case)
     theirs = rank(naive, case, wave)
     ours = rank(stages(implementation, DEVICE), case, wave)
-    page, group = case.key_cache.shape[1], HEADS[heads][0] // HEADS[heads][1]
+    group = HEADS[heads][0] // HEADS[heads][1]
     for segment in wave.segments.tolist():
         rows = slice(segment[naive.QUERY_ROW], segment[naive.QUERY_ROW] + segment[naive.NUM_QUERIES])
         for kv_head in range(HEADS[heads][1]):
@@ -74,11 +74,11 @@ def test_ranking(implementation, shape, heads):
                 continue
             mean = case.query[rows, kv_head * group : (kv_head + 1) * group].float().mean((0, 1))
             score = naive.read_rows(case.key_cache, b, kv_head) @ mean
-            width = (score.max() - score.min()) / 32
-            assert (score[1:] - torch.cummin(score, 0).values[:-1]).max() <= width * 1.01 + 1e-5
+            classes = naive.importance_classes(score, 32)
+            assert (classes[1:] >= classes[:-1] - 1).all()  # a key on a border may be rounded across it
+            assert ((classes[1:] >= classes[:-1]).float().mean() > 0.95) or len(a) < 64
             # Rounding may move a key across a class border, rarely.
             assert (a != b).float().mean() < 0.05 or len(a) < 64
-    assert page
 
 
 @pytest.mark.parametrize("implementation", ["naive", *IMPLEMENTATIONS])
