@@ -1,0 +1,73 @@
+"""What one layer's sparse prefill runs with."""
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Power = Literal[16, 32, 64, 128]
+Threshold = Annotated[float, Field(ge=0, lt=1, strict=True, allow_inf_nan=False)]
+
+
+class S2OParams(BaseModel):
+    """Parameters of `prefill_attention`. The defaults come from the project's trials on real attention."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    threshold: Threshold | tuple[Threshold, ...] = Field(
+        0.02,
+        description="tau, from 0 up to but not including 1: a tile stops once a key block adds less than this share "
+        "to its softmax mass. 0 never stops and equals dense attention. One value, or one per query head.",
+    )
+    segment_len: int = Field(
+        512, gt=0, le=65536, strict=True,
+        description="Queries that share a ranking of the keys before them; a multiple of tile_size.",
+    )  # fmt: skip
+    tile_size: Power = Field(128, description="Query rows that stop together.")
+    key_block: Power = Field(64, description="History keys visited in one step of the online softmax.")
+    stop_interval: int = Field(
+        4, ge=1, le=64, strict=True, description="Key blocks between two tests of the stop rule; the gain is their mean."
+    )
+    stop_rule: Literal["worst_row", "mean_row"] = Field(
+        "worst_row", description="Whose gain must fall below the threshold: every row's, or the mean over the rows."
+    )
+    query_order: Literal["position", "guide"] = Field(
+        "position", description="Order in which a segment's queries are tiled: by position, or by a guide vector."
+    )
+    num_classes: Power = Field(64, description="Importance classes that the keys are ranked into.")
+    budget: float | None = Field(
+        None, gt=0, le=1, strict=True, allow_inf_nan=False,
+        description="Fixed share of the history to visit, without a stop rule; for benchmarks and debugging only.",
+    )  # fmt: skip
+
+    @field_validator("tile_size", "key_block", "num_classes", mode="before")
+    @classmethod
+    def _no_bool(cls, value):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError("must be one of 16, 32, 64 and 128")
+        return value
+
+    @model_validator(mode="after")
+    def _whole_tiles(self):
+        if self.segment_len % self.tile_size:
+            raise ValueError(f"segment_len={self.segment_len} must be a multiple of tile_size={self.tile_size}")
+        return self
+
+    def thresholds(self, num_heads: int) -> tuple[float, ...]:
+        """One threshold per query head.
+
+        Raises:
+            ValueError: the list of thresholds has another length.
+        """
+        if not isinstance(self.threshold, tuple):
+            return (self.threshold,) * num_heads
+        if len(self.threshold) != num_heads:
+            raise ValueError(f"threshold lists {len(self.threshold)} heads, the query has {num_heads}")
+        return self.threshold
+
+
+def threshold_range(params: S2OParams) -> str:
+    """`0.02`, or `0..0.05` where heads differ."""
+    values = params.threshold if isinstance(params.threshold, tuple) else (params.threshold,)
+    low, high = min(values), max(values)
+    return f"{low:g}" if math.isclose(low, high) else f"{low:g}..{high:g}"
