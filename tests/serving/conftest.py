@@ -1,0 +1,68 @@
+"""Servers that several tests share: each starts once, when it is first asked for.
+
+Requests go to one at a time: the suite is made for a machine with 2 cores.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+from serving import FP32, S2O, Server
+
+REPOSITORY = Path(__file__).parents[2]
+LIST_IMPORTS = {"PYTHONPROFILEIMPORTTIME": "1"}
+"""The server's log then lists what its processes import."""
+
+
+@pytest.fixture(scope="session")
+def model() -> Path:
+    """The checkpoint that is served: made here if it is missing."""
+    from vllm_s2o.cli.prepare import prepare
+
+    if "S2O_TEST_MODEL" in os.environ:
+        return Path(os.environ["S2O_TEST_MODEL"])
+    directory = REPOSITORY / ".models" / "SmolLM2-135M-Instruct"
+    prepare(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def count_tokens(model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return lambda text: len(tokenizer(text).input_ids)
+
+
+@pytest.fixture(scope="session")
+def log_dir(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("servers")
+
+
+@pytest.fixture(scope="session")
+def dense(model, log_dir):
+    """Without the flag."""
+    with Server(model, log_dir / "dense.log", env=LIST_IMPORTS) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s2o(model, log_dir):
+    """With the flag, as shipped."""
+    with Server(model, log_dir / "s2o.log", S2O, LIST_IMPORTS) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def dense_fp32(model, log_dir):
+    with Server(model, log_dir / "dense_fp32.log", FP32) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def s2o_tau0(model, log_dir):
+    """Nothing is ever skipped, on the sparse path all the same; prompts in chunks, for which no border may matter.
+    By the backend's other name."""
+    args = ("--attention-backend", "S2O", "--additional-config", '{"s2o": {"threshold": 0}}')
+    with Server(model, log_dir / "s2o_tau0.log", (*FP32, *args, "--max-num-batched-tokens", "1100")) as server:
+        yield server
