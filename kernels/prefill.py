@@ -25,7 +25,7 @@ def _softmax_step(acc, m, l, logits, values, PRECISION: tl.constexpr):
     return acc, m_new, l * keep + tl.sum(p, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table"])
 def _attend(
     Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Visited,
     stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,

@@ -8,6 +8,8 @@
 
 The last three are a stable counting sort: no atomics, so two runs give the same ranking, and keys of
 one class keep the order of their positions, which the gather of the second pass likes.
+
+Sizes that change from step to step are not specialised on: a server must not compile while it serves.
 """
 
 import torch
@@ -48,7 +50,7 @@ def _pool(
     tl.store(Mean + (segment * num_kv_heads + kv_head) * D + d, mean.to(Mean.dtype.element_ty), mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table"])
 def _score(
     Mean, Keys, BlockTable, Segments, Groups, Scores, num_kv_heads,
     stride_block, stride_token, stride_head, stride_dim, stride_table,
@@ -77,7 +79,8 @@ def _score(
     key = start + tl.arange(0, KEYS)
     page = tl.load(BlockTable + seq.to(tl.int64) * stride_table + key // PAGE, mask=key < longest, other=0)
     row = page.to(tl.int64) * stride_block + (key % PAGE) * stride_token + kv_head.to(tl.int64) * stride_head
-    keys = tl.load(Keys + row[None, :] + (d * stride_dim)[:, None], mask=(key < longest)[None, :] & (d < D)[:, None], other=0)
+    known = (key < longest)[None, :] & (d < D)[:, None]
+    keys = tl.load(Keys + row[None, :] + (d * stride_dim)[:, None], mask=known, other=0)
     scores = tl.dot(mean, keys, input_precision=PRECISION)
     scores = tl.where(scores == scores, scores, -_BOUND)
     scores = tl.minimum(tl.maximum(scores, -_BOUND), _BOUND)
@@ -87,7 +90,7 @@ def _score(
     tl.store(Scores + begin[:, None] + key[None, :], scores, mask=visible)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _moments(Segments, Scores, Moments, num_kv_heads, num_blocks, BLOCK: tl.constexpr):
     """Sum and sum of squares of one block of one ranking's scores, relative to its first score:
     an offset that all scores share would drown their spread."""
@@ -106,7 +109,7 @@ def _moments(Segments, Scores, Moments, num_kv_heads, num_blocks, BLOCK: tl.cons
         tl.store(at + 2, first)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _classify(
     Segments, Scores, Moments, Counts, num_kv_heads, num_blocks,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr,
@@ -144,7 +147,7 @@ def _classify(
     tl.store(Counts + (pair * num_blocks + block) * CLASSES + tl.arange(0, CLASSES), counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks", "stride_table"])
 def _scatter(
     Segments, Scores, Counts, BlockTable, Slots, num_kv_heads, num_blocks, stride_table,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr,
@@ -214,8 +217,9 @@ def _guide(
 
 
 def rank_keys(
-    query, key_cache, block_table, segments, num_slots: int, num_classes: int, *, max_history: int, groups, workspace=None
-) -> torch.Tensor:
+    query, key_cache, block_table, segments, num_slots: int, num_classes: int,
+    *, max_history: int, groups, workspace=None,
+) -> torch.Tensor:  # fmt: skip
     """`naive.rank_keys` on the device, without a host synchronisation.
 
     Further args:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import itertools
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Literal, NamedTuple
@@ -139,7 +140,7 @@ def run(
 
     Returns the visited pairs, [num_seqs, num_heads] int64. Nothing here waits for the device.
     """
-    num_heads, head_size = query.shape[1:]
+    num_heads = query.shape[1]
     stage = stages(implementation, query.device)
     thresholds = _thresholds(params.thresholds(num_heads), query.device)
     # A budget is a fixed share: the stop rule is off.
@@ -162,6 +163,25 @@ def run(
         )  # fmt: skip
         visited.index_add_(0, tables.tile_seqs, pairs.long())
     return visited
+
+
+def warm_up(
+    num_heads: int, cache_shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, params: S2OParams
+) -> None:
+    """Compile what the kernels need before the first request does, on a cache of zeros.
+
+    Args:
+        cache_shape: (block_size, num_kv_heads, head_size)
+    """
+    block_size, num_kv_heads, head_size = cache_shape
+    length = 3 * params.segment_len
+    blocks = -(-length // block_size)
+    query = torch.zeros(length, num_heads, head_size, dtype=dtype, device=device)
+    cache = torch.zeros(blocks, *cache_shape, dtype=dtype, device=device)
+    block_table = torch.arange(blocks, dtype=torch.int32, device=device)[None]
+    for query_len in (params.segment_len, length):  # scores of one segment and of several are separate kernels
+        plan = to_device(plan_step([query_len], [length], params, num_kv_heads), device)
+        run(query[:query_len], cache, cache, block_table, plan, params, 1.0, torch.empty_like(query[:query_len]))
 
 
 def prefill_attention(
@@ -203,7 +223,7 @@ def prefill_attention(
     """
     _check(query, key_cache, value_cache, block_table, query_start_loc, seq_lens, out)
     starts, lens = query_start_loc.tolist(), seq_lens.tolist()
-    query_lens = [b - a for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    query_lens = [b - a for a, b in itertools.pairwise(starts)]
     _check_lengths(starts, query_lens, lens, query.shape[0], block_table.shape[1] * key_cache.shape[1])
     if out is None:
         out = torch.empty_like(query)
@@ -263,7 +283,7 @@ def _check(query, key_cache, value_cache, block_table, query_start_loc, seq_lens
     ):  # fmt: skip
         _require(
             tensor is None or tensor.device == query.device,
-            f"{name} must be on the query's device {query.device}" + (f", got {tensor.device}" if tensor is not None else ""),
+            f"{name} must be on the query's device {query.device}, got {getattr(tensor, 'device', None)}",
         )
     if out is not None:
         _require(

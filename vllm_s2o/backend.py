@@ -90,6 +90,10 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
         self.any_sparse = any(layer.impl.s2o_params is not None for layer in self.s2o_layers)
         if compat.tensor_parallel()[0] == 0:
             self._introduce(dense)
+        if self.any_sparse and device.type == "cuda":
+            shape = (kv_cache_spec.block_size, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
+            num_heads = self.s2o_layers[0].impl.num_heads
+            attention.warm_up(num_heads, shape, vllm_config.model_config.dtype, device, self.s2o.params)
 
     def _introduce(self, dense: dict[str, list[str]]) -> None:
         for line in self.s2o.describe():
@@ -126,7 +130,14 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
         return new
 
     def _plan(self, common, metadata) -> Work | None:
-        if common.max_query_len < self.s2o.min_query_len or common.max_seq_len < self.s2o.min_seq_len:
+        short = f"sequences shorter than min_seq_len={self.s2o.min_seq_len}"
+        few = f"fewer new tokens than min_query_len={self.s2o.min_query_len}, decode among them"
+        # Most steps end here: what a step holds at most tells enough.
+        if common.max_seq_len < self.s2o.min_seq_len:
+            tell_once(short)
+            return None
+        if common.max_query_len < self.s2o.min_query_len:
+            tell_once(few)
             return None
         reason = compat.step_problem(common, metadata)
         lengths = compat.host_lengths(common)
@@ -139,9 +150,9 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
         sparse = []
         for row, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
             if seq_len < self.s2o.min_seq_len:
-                tell_once(f"sequences shorter than min_seq_len={self.s2o.min_seq_len}")
+                tell_once(short)
             elif query_len < self.s2o.min_query_len:
-                tell_once(f"fewer new tokens than min_query_len={self.s2o.min_query_len}, decode among them")
+                tell_once(few)
             else:
                 sparse.append(row)
         if not sparse:

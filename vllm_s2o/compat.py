@@ -4,6 +4,7 @@ Written against the sources of vLLM 0.25.1, 0.32.0 and 0.33.0.
 """
 
 import dataclasses
+import itertools
 import os
 import re
 import sys
@@ -89,7 +90,8 @@ def is_s2o(backend: Any) -> bool:
     """Whether a member of vLLM's enum names this backend."""
     if backend is None:
         return False
-    return backend.name == NAME or (backend.name == "CUSTOM" and backend.is_overridden() and backend.get_path() == BACKEND_PATH)
+    ours = backend.is_overridden() and backend.get_path() == BACKEND_PATH
+    return backend.name == NAME or (backend.name == "CUSTOM" and ours)
 
 
 def uses_s2o(vllm_config) -> bool:
@@ -256,7 +258,7 @@ def host_lengths(common) -> tuple[list[int], list[int]] | None:
         lens = common.seq_lens
     if lens is None:
         return None
-    return [b - a for a, b in zip(starts[:-1], starts[1:], strict=True)], lens[: common.num_reqs].tolist()
+    return [b - a for a, b in itertools.pairwise(starts)], lens[: common.num_reqs].tolist()
 
 
 _PER_ROW = ("seq_lens", "block_table_tensor", "is_prefilling", "seq_lens_cpu_upper_bound", "_seq_lens_cpu", "req_idx")
@@ -304,7 +306,7 @@ def _split_cpu(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int,
 
 
 def _plain_cpu(kv_cache: torch.Tensor, block_table: torch.Tensor):
-    """`vec`, `vec16`: a page of K is [head_size, block_size], a page of V [block_size, head_size]; strides name both."""
+    """`vec`, `vec16`: a page of K is [head_size, block_size], one of V [block_size, head_size]; strides name both."""
     key, value, block_size, head_size = _split_cpu(kv_cache)
     key = key.unflatten(-1, (head_size, block_size)).permute(0, 3, 1, 2)
     value = value.unflatten(-1, (block_size, head_size)).transpose(1, 2)
@@ -313,7 +315,7 @@ def _plain_cpu(kv_cache: torch.Tensor, block_table: torch.Tensor):
 
 def _amx_cpu(kv_cache: torch.Tensor, block_table: torch.Tensor):
     """`amx`: pairs of values lie side by side for the tile units, K as [block_size / 16, head_size / 2, 16, 2], V as
-    [head_size / 16, block_size / 2, 16, 2]. No strides name that: the pages in use are unpacked, the table renumbered."""
+    [head_size / 16, block_size / 2, 16, 2]. No strides name that: the pages in use are unpacked and renumbered."""
     num_blocks = kv_cache.shape[0]
     # A table may hold garbage beyond a sequence's end: whatever it names is unpacked, but it must exist.
     used, renumbered = block_table.clamp(0, num_blocks - 1).unique(return_inverse=True)

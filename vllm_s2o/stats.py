@@ -1,10 +1,12 @@
 """What was sparse: counted on the device, read without waiting for it, told to the log."""
 
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -112,3 +114,26 @@ class Reporter:
             f"density={visited / causal if causal else 1.0:.3f} sparse_layers={step.sparse}/{step.num_layers} | "
             f"total steps={totals.steps} tokens={totals.tokens} density={totals.density:.3f}"
         )
+
+
+class Prefill(NamedTuple):
+    """What a line of the log says about one step."""
+
+    query_lens: tuple[int, ...]
+    """Of the first rows, where a step has many."""
+    seq_lens: tuple[int, ...]
+    density: float
+    sparse_layers: int
+    num_layers: int
+
+
+_LINE = re.compile(r"s2o: prefill query=(\S+) seq=(\S+) density=([0-9.]+) sparse_layers=(\d+)/(\d+)")
+
+
+def prefills(log: str) -> list[Prefill]:
+    """The steps that a server's log tells of."""
+    found = []
+    for query, seq, density, sparse, layers in _LINE.findall(log):
+        lengths = (tuple(int(n) for n in re.findall(r"\d+", text)) for text in (query, seq))
+        found.append(Prefill(*lengths, float(density), int(sparse), int(layers)))
+    return found

@@ -1,28 +1,34 @@
 """Reading one YAML file that may come from anywhere: small, flat, plain data, or one clear sentence."""
 
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-MAX_BYTES = 2**20
+MAX_BYTES = 2**18
+"""A config with an override for every layer of the largest models takes a tenth of it."""
 MAX_DEPTH = 20
+
+_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML may have been built without libyaml
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be used: one sentence that names the file, the field and what is allowed."""
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(_Base):
     """Safe loading that refuses a key given twice: YAML would let the last one win."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
+        line, seen = node.start_mark.line + 1, set()
+        for key in (self.construct_object(key, deep=True) for key, _ in node.value):
             if not isinstance(key, str):
-                raise ConfigError(f"the key {key!r} in line {node.start_mark.line + 1} must be a word")
-            if key in keys[:index]:
-                raise ConfigError(f"the field '{key}' stands twice, the second time after line {node.start_mark.line + 1}")
+                raise ConfigError(f"the key {key!r} in line {line} must be a word")
+            if key in seen:
+                raise ConfigError(f"the field '{key}' stands twice, the second time after line {line}")
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -33,17 +39,9 @@ def read(path: Path, name: str | None = None) -> dict[str, Any]:
         ConfigError: missing, unreadable, too large, not UTF-8, not YAML, or more than plain nested data.
     """
     name = name or str(path)
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise ConfigError(f"{name}: there is no such file; a path to a YAML config file is expected.") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{name} is a directory; a path to a YAML config file is expected.") from None
-    except OSError as error:
-        raise ConfigError(f"{name} cannot be read ({error.strerror}); a readable YAML config file is expected.") from None
+    data = _bytes(path, name)
     if len(data) > MAX_BYTES:
-        raise ConfigError(f"{name} is larger than {MAX_BYTES // 2**20} MiB, the most that a config file may be.")
+        raise ConfigError(f"{name} is larger than {MAX_BYTES // 2**10} KiB, the most that a config file may be.")
     try:
         text = data.decode()
     except UnicodeDecodeError:
@@ -59,14 +57,33 @@ def read(path: Path, name: str | None = None) -> dict[str, Any]:
         problem = getattr(error, "problem", None) or "not readable"
         raise ConfigError(f"{name} is not valid YAML{where}: {' '.join(str(problem).split())}.") from None
     if not isinstance(fields, dict):
-        raise ConfigError(f"{name} holds no fields; a config file is a YAML mapping such as 'params: {{threshold: 0.02}}'.")
+        example = "'params: {threshold: 0.02}'"
+        raise ConfigError(f"{name} holds no fields; a config file is a YAML mapping such as {example}.")
     return fields
+
+
+def _bytes(path: Path, name: str) -> bytes:
+    try:
+        # Without waiting: opening a pipe that nobody writes to would hang the start.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if stat.S_ISREG(mode):
+                return file.read(MAX_BYTES + 1)
+            kind = "a directory" if stat.S_ISDIR(mode) else "no regular file"
+            raise ConfigError(f"{name} is {kind}; a path to a YAML config file is expected.")
+    except FileNotFoundError:
+        raise ConfigError(f"{name}: there is no such file; a path to a YAML config file is expected.") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{name} is a directory; a path to a YAML config file is expected.") from None
+    except OSError as error:
+        reason = error.strerror
+        raise ConfigError(f"{name} cannot be read ({reason}); a readable YAML config file is expected.") from None
 
 
 def _check_events(text: str) -> None:
     """Refuse what plain data does not need before anything is built from it."""
     depth = 0
-    for event in yaml.parse(text, yaml.SafeLoader):
+    for event in yaml.parse(text, _Base):
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise ConfigError(f"aliases and anchors are not allowed (line {line}); write the values out")

@@ -1,7 +1,10 @@
 """The OpenAI API, with the flag: short prompts, which stay dense, and long ones, which do not."""
 
 import pytest
-from serving import MODEL_NAME, needle, prefills
+from serving import MODEL_NAME
+
+from vllm_s2o.quality.needles import needle
+from vllm_s2o.stats import prefills
 
 pytestmark = pytest.mark.serving
 

@@ -3,7 +3,10 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from serving import MODEL_NAME, needle, prefills
+from serving import MODEL_NAME
+
+from vllm_s2o.quality.needles import needle
+from vllm_s2o.stats import prefills
 
 pytestmark = pytest.mark.serving
 

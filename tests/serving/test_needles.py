@@ -1,7 +1,9 @@
 """What a long prompt says is found again, S2O or not, and the log shows what was skipped."""
 
 import pytest
-from serving import needle, prefills
+
+from vllm_s2o.quality.needles import needle
+from vllm_s2o.stats import prefills
 
 pytestmark = pytest.mark.serving
 
@@ -24,7 +26,7 @@ def test_no_worse_than_dense(found):
 
 def test_log_shows_sparsity(found, s2o):
     length = int(next(iter(found)).split()[0])
-    steps = [step for step in prefills(s2o.log) if 0.9 * length < sum(step.query) < 1.1 * length]
+    steps = [step for step in prefills(s2o.log) if 0.9 * length < sum(step.query_lens) < 1.1 * length]
     if length < 2048:
         assert not steps, "sequences below min_seq_len stay dense"
         return

@@ -1,0 +1,156 @@
+#!/usr/bin/env python3
+"""Real servers, asked through the OpenAI API and measured by vLLM's own `bench serve`.
+
+    python benchmarks/serving.py needles MODEL --out RESULT.json [--like OTHER.json]
+    python benchmarks/serving.py latency MODEL --out RESULT.json [--tokens 32768] [--dummy]
+
+`needles` asks a served model for numbers hidden in prompts of 1K to 7.8K tokens, with and without S2O; `--like`
+compares the answers with those of another machine. `latency` serves a model with S2O and with FLASH_ATTN, one after
+the other, and runs the same long prompts against both.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vllm_s2o.cli.environment import describe
+from vllm_s2o.cli.server import Server, vllm_command
+from vllm_s2o.quality.needles import Needle, needle
+from vllm_s2o.stats import prefills
+
+FLAG = ("--attention-backend", "CUSTOM")
+LENGTHS = (1000, 4000, 7800)
+DEPTHS = (0.1, 0.5, 0.9)
+START_SECONDS = 400
+
+
+def our_lines(log: str) -> list[str]:
+    """What the plugin says in a server's log, without vLLM's prefix; steps are summarised elsewhere."""
+    said = ["s2o: " + line.partition("s2o: ")[2] for line in log.splitlines() if "s2o: " in line]
+    return list(dict.fromkeys(line for line in said if not line.startswith("s2o: prefill")))
+
+
+def compiled_while_serving(log: str) -> list[str]:
+    """Warnings of vLLM's monitor for kernels compiled during inference (0.32 and later)."""
+    return [line for line in log.splitlines() if "during inference" in line and "ompil" in line]
+
+
+def serve(model: str, log: Path, args: list[str]) -> Server:
+    return Server(model, log, args, {"VLLM_CPU_KVCACHE_SPACE": "2"}, name="model", start_seconds=START_SECONDS)
+
+
+# -- needles ----------------------------------------------------------------------------------------------------------
+
+
+def prompts(model: str) -> Iterator[Needle]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for length in LENGTHS:
+        for depth in DEPTHS:
+            yield needle(length, depth, 1, lambda text: len(tokenizer(text).input_ids))
+
+
+def needles(options: argparse.Namespace, logs: Path) -> dict[str, Any]:
+    answers: dict[str, dict[str, str]] = {}
+    steps = []
+    for backend, flag in (("S2O", FLAG), ("dense", ())):
+        with serve(options.model, logs / f"needles-{backend}.log", [*flag, *options.server]) as server:
+            answers[backend] = {n.name: server.ask(n.prompt) for n in prompts(options.model)}
+            if flag:
+                steps = [step._asdict() for step in prefills(server.log)]
+                said = our_lines(server.log)
+    found = {n.name: n.number for n in prompts(options.model)}
+    result = {
+        "numbers": found,
+        "answers": answers,
+        "found": {backend: sum(found[n] in said for n, said in given.items()) for backend, given in answers.items()},
+        "of": len(found),
+        "prefills": steps,
+        "log": said,
+    }
+    if options.like:
+        other = json.loads(options.like.read_text())
+        same = [other["answers"]["S2O"][name] == answer for name, answer in answers["S2O"].items()]
+        result["like"] = {"file": options.like.name, "same": sum(same), "of": len(same)}
+    print(json.dumps({key: result[key] for key in ("found", "of", "like") if key in result}))
+    return result
+
+
+# -- latency ----------------------------------------------------------------------------------------------------------
+
+FIGURES = ("completed", "failed", "total_input_tokens", "mean_ttft_ms", "median_ttft_ms", "p99_ttft_ms", "duration")
+
+PROVIDERS = {
+    "s2o": [*FLAG],
+    # Random weights attend to everything alike: a fixed share of the history shows what sparse prefill would cost.
+    "s2o_budget_10": [*FLAG, "--additional-config", '{"s2o": {"budget": 0.1}}'],
+    "flash_attn": ["--attention-backend", "FLASH_ATTN"],
+}
+
+
+def bench(server: Server, model: str, options: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    """`vllm bench serve` against a server: one prompt at a time."""
+    result = directory / "bench.json"
+    command = [*vllm_command()[:-1], "bench", "serve", "--model", model, "--served-model-name", server.name]
+    command += ["--host", "127.0.0.1", "--port", str(server.port), "--dataset-name", "random", "--ignore-eos"]
+    command += ["--random-input-len", str(options.tokens), "--random-output-len", "16", "--seed", "1"]
+    command += ["--num-prompts", str(options.prompts), "--max-concurrency", "1", "--num-warmups", "1"]
+    command += ["--save-result", "--result-dir", str(directory), "--result-filename", result.name]
+    done = subprocess.run(command, capture_output=True, text=True, env=server.env, timeout=500)
+    if done.returncode:
+        raise RuntimeError(f"vllm bench serve failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    figures = json.loads(result.read_text())
+    return {name: figures[name] for name in FIGURES if name in figures}
+
+
+def latency(options: argparse.Namespace, logs: Path) -> dict[str, Any]:
+    result: dict[str, Any] = {"tokens": options.tokens, "providers": {}}
+    args = [*(["--load-format", "dummy"] if options.dummy else []), *options.server]
+    for name in options.providers:
+        log = logs / f"latency-{name}.log"
+        with serve(options.model, log, [*PROVIDERS[name], *args]) as server:
+            figures = bench(server, options.model, options, logs)
+            figures["log"] = our_lines(server.log)
+            figures["compiled_while_serving"] = compiled_while_serving(server.log)
+            steps = prefills(server.log)
+            if steps:
+                figures["last_prefill"] = steps[-1]._asdict()
+        result["providers"][name] = figures
+        print(f"{name}: median TTFT {figures['median_ttft_ms']:.0f} ms, completed {figures['completed']}", flush=True)
+        write(options, result)
+    return result
+
+
+def write(options: argparse.Namespace, result: dict[str, Any]) -> None:
+    conditions = {"model": Path(options.model).name, "server": options.server}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({"environment": describe(), **conditions, **result}, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["needles", "latency"])
+    parser.add_argument("model", help="a model's directory")
+    parser.add_argument("--out", type=Path, required=True, help="the results file")
+    parser.add_argument("--logs", type=Path, help="keep the servers' logs in this directory")
+    parser.add_argument("--like", type=Path, help="needles: a results file to compare the answers with")
+    parser.add_argument("--tokens", type=int, default=32768, help="latency: length of a prompt")
+    parser.add_argument("--prompts", type=int, default=5, help="latency: number of prompts")
+    parser.add_argument("--dummy", action="store_true", help="latency: random weights")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), help="latency")
+    parser.add_argument("--server", type=shlex.split, default=[], metavar="ARGS", help="for every server")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        logs = options.logs or Path(scratch)
+        logs.mkdir(parents=True, exist_ok=True)
+        write(options, {"needles": needles, "latency": latency}[options.what](options, logs))
+
+
+if __name__ == "__main__":
+    main()

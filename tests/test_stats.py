@@ -1,0 +1,136 @@
+"""Steps counted layer by layer, and told to the log no more often than it bears."""
+
+import time
+
+import pytest
+import torch
+
+from vllm_s2o.stats import Prefill, Reporter, Step, Totals, prefills
+
+
+def step(query_lens=(100, 50), seq_lens=(300, 50), causal_pairs=1000, num_layers=3) -> Step:
+    return Step(list(query_lens), list(seq_lens), causal_pairs, num_layers)
+
+
+def finished(visited: int, causal: int = 1000, heads: int = 2, tokens: int = 100) -> tuple[Step, int]:
+    """A step of one sparse layer, and the pairs that its heads visited together."""
+    done = step([tokens], [tokens], causal, num_layers=1)
+    assert done.sparse_layer(torch.tensor([[visited // heads] * heads]))
+    return done, visited
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is moved."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_step_is_done_with_its_last_layer():
+    counted = step(num_layers=3)
+    assert not counted.sparse_layer(torch.tensor([[5, 7], [0, 1]]))
+    assert not counted.dense_layer()
+    assert counted.sparse_layer(torch.tensor([[10, 20], [30, 40]]))
+    assert (counted.done, counted.sparse, counted.heads) == (3, 2, 4)
+    assert counted.visited == 113
+
+
+def test_a_step_keeps_its_figures_on_the_device():
+    """A number on the host would make each layer wait for its kernels."""
+    counted = step()
+    counted.sparse_layer(torch.tensor([[1, 2]]))
+    assert isinstance(counted.visited, torch.Tensor)
+    assert counted.visited.dtype == torch.int64
+
+
+def test_a_line_says_all(clock):
+    lines = []
+    reporter = Reporter(lines.append)
+    counted = step(causal_pairs=1000, num_layers=3)
+    counted.sparse_layer(torch.tensor([[300, 500], [0, 0]]))
+    counted.dense_layer()
+    counted.sparse_layer(torch.tensor([[400, 600], [100, 100]]))
+    reporter.finish(counted)
+    assert lines == [
+        "s2o: prefill query=100,50 seq=300,50 density=0.500 sparse_layers=2/3 | "
+        "total steps=1 tokens=150 density=0.500"
+    ]
+
+
+def test_a_line_is_read_back(clock):
+    lines = []
+    Reporter(lines.append).tell(*finished(1500))
+    Reporter(lines.append).tell(step(), 0)
+    assert prefills("\n".join(["INFO something else", *lines, ""])) == [
+        Prefill((100,), (100,), 0.75, 1, 1),
+        Prefill((100, 50), (300, 50), 1.0, 0, 3),
+    ]
+
+
+def test_a_batch_of_many_rows_stays_short(clock):
+    lines = []
+    Reporter(lines.append).tell(step(range(10, 19), range(20, 29)), 0)
+    assert "query=10,11,12,13,14,15,16,17,... seq=20,21,22,23,24,25,26,27,... " in lines[0]
+
+
+def test_lines_keep_a_distance_and_totals_miss_nothing(clock):
+    lines = []
+    reporter = Reporter(lines.append, interval=1.0)
+    reporter.tell(*finished(200))
+    clock[0] += 0.9
+    reporter.tell(*finished(400))
+    clock[0] += 0.05
+    reporter.tell(*finished(600))
+    assert len(lines) == 1
+    clock[0] += 0.05
+    reporter.tell(*finished(1200, tokens=7))
+    assert len(lines) == 2
+    assert "query=7 seq=7 density=0.600" in lines[1]
+    assert lines[1].endswith("total steps=4 tokens=307 density=0.300")
+    assert reporter.totals == Totals(steps=4, tokens=307, visited=2400, causal=8000)
+
+
+def test_the_first_step_is_told_whatever_the_clock_says(clock):
+    """The clock may start at any number, zero included."""
+    clock[0] = 0.0
+    lines = []
+    Reporter(lines.append).tell(*finished(200))
+    assert len(lines) == 1
+
+
+def test_density_weighs_steps_by_their_pairs(clock):
+    reporter = Reporter(lambda line: None)
+    reporter.tell(*finished(100, causal=50))
+    reporter.tell(*finished(180, causal=450))
+    assert reporter.totals.density == pytest.approx(280 / 1000)
+    assert Totals().density == 1.0
+
+
+def test_a_step_of_dense_layers_alone(clock):
+    """It has no pairs to divide by, adds its tokens, and leaves the density of the sparse layers as it was."""
+    lines = []
+    reporter = Reporter(lines.append, interval=0)
+    reporter.tell(*finished(500))
+    counted = step(num_layers=2)
+    assert not counted.dense_layer()
+    assert counted.dense_layer()
+    reporter.finish(counted)
+    assert "density=1.000 sparse_layers=0/2 | total steps=2 tokens=250 density=0.250" in lines[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="copies from a CUDA device")
+def test_figures_on_a_gpu_are_told_by_a_thread():
+    lines = []
+    reporter = Reporter(lines.append, interval=0)
+    for visited in (500, 1500):
+        done, _ = finished(visited)
+        done.visited = done.visited.cuda()
+        reporter.finish(done)
+    deadline = time.monotonic() + 30
+    while len(lines) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "density=0.250" in lines[0]
+    assert "density=0.750" in lines[1]
+    assert reporter.totals.visited == 2000
