@@ -2,16 +2,18 @@
 """Real servers, asked through the OpenAI API and measured by vLLM's own `bench serve`.
 
     python benchmarks/serving.py needles MODEL --out RESULT.json [--like OTHER.json]
-    python benchmarks/serving.py latency MODEL --out RESULT.json [--tokens 32768] [--dummy]
+    python benchmarks/serving.py latency MODEL --out RESULT.json [--tokens 32768] [--shape llama-3.1-8b]
 
 `needles` asks a served model for numbers hidden in prompts of 1K to 7.8K tokens, with and without S2O; `--like`
 compares the answers with those of another machine. `latency` serves a model with S2O and with FLASH_ATTN, one after
-the other, and runs the same long prompts against both.
+the other, and runs the same long prompts against both; `--shape` takes a large model's dimensions with random weights
+and only the tokenizer of MODEL.
 """
 
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -109,9 +111,51 @@ def bench(server: Server, model: str, options: argparse.Namespace, directory: Pa
     return {name: figures[name] for name in FIGURES if name in figures}
 
 
+SHAPES = {
+    "llama-3.1-8b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+}
+
+
+def write_shape(shape: str, tokenizer_from: Path, directory: Path) -> Path:
+    """A checkpoint directory without weights: a config, and the tokenizer of another model."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(SHAPES[shape]))
+    shutil.copy(tokenizer_from / "tokenizer.json", directory)
+    settings = json.loads((tokenizer_from / "tokenizer_config.json").read_text())
+    settings.pop("model_max_length", None)  # the other model's context
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
 def latency(options: argparse.Namespace, logs: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"tokens": options.tokens, "providers": {}}
-    args = [*(["--load-format", "dummy"] if options.dummy else []), *options.server]
+    args = options.server
+    if options.shape:
+        result["shape"] = options.shape
+        options.model = str(write_shape(options.shape, Path(options.model), logs / options.shape))
+        args = ["--load-format", "dummy", *args]
     for name in options.providers:
         log = logs / f"latency-{name}.log"
         with serve(options.model, log, [*PROVIDERS[name], *args]) as server:
@@ -142,7 +186,7 @@ def main() -> None:
     parser.add_argument("--like", type=Path, help="needles: a results file to compare the answers with")
     parser.add_argument("--tokens", type=int, default=32768, help="latency: length of a prompt")
     parser.add_argument("--prompts", type=int, default=5, help="latency: number of prompts")
-    parser.add_argument("--dummy", action="store_true", help="latency: random weights")
+    parser.add_argument("--shape", choices=SHAPES, help="latency: random weights of this shape")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), help="latency")
     parser.add_argument("--server", type=shlex.split, default=[], metavar="ARGS", help="for every server")
     options = parser.parse_args()

@@ -461,7 +461,6 @@ BAD_FILES = {
     "key no text": ("1: 2\n", "key 1", "line 1"),
     "key a list": ("? [a]\n: 1\n", "key ['a']", "line 1"),
     "deep": ("params: " + "[" * 25 + "]" * 25 + "\n", "nested deeper than 20"),
-    "deep": ("[" * 500, "nested deeper than 20"),
     "very deep": ("[" * 100_000, "nest"),  # libyaml has a bound of its own
     "endless number": ("min_seq_len: " + "9" * 6000 + "\n", "not valid YAML"),
     "a million lines": ("a: 1\n" * 1_000_000, "larger than 256 KiB"),

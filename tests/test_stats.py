@@ -78,12 +78,12 @@ def test_lines_keep_a_distance_and_totals_miss_nothing(clock):
     lines = []
     reporter = Reporter(lines.append, interval=1.0)
     reporter.tell(*finished(200))
-    clock[0] += 0.9
+    clock[0] += 0.5
     reporter.tell(*finished(400))
-    clock[0] += 0.05
+    clock[0] += 0.25
     reporter.tell(*finished(600))
     assert len(lines) == 1
-    clock[0] += 0.05
+    clock[0] += 0.25
     reporter.tell(*finished(1200, tokens=7))
     assert len(lines) == 2
     assert "query=7 seq=7 density=0.600" in lines[1]

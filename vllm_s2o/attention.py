@@ -165,6 +165,7 @@ def run(
     return visited
 
 
+@functools.cache
 def warm_up(
     num_heads: int, cache_shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, params: S2OParams
 ) -> None:

@@ -25,11 +25,16 @@ reporter = stats.Reporter(logger.info)
 _told: set[str] = set()
 
 
+def say_once(line: str) -> None:
+    """vLLM makes a builder several times: for profiling, for capture, for each cache group."""
+    if line not in _told:
+        _told.add(line)
+        logger.info("s2o: %s", line)
+
+
 def tell_once(reason: str) -> None:
     """Say why something stays dense, the first time that it does."""
-    if reason not in _told:
-        _told.add(reason)
-        logger.info("s2o: dense: %s", reason)
+    say_once(f"dense: {reason}")
 
 
 def layer_index(layer_name: str) -> int | None:
@@ -80,6 +85,7 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, *args, **kwargs)
         self.s2o = resolve(vllm_config)
         layers = vllm_config.compilation_config.static_forward_context
+        self.s2o_max_len = vllm_config.model_config.max_model_len
         self.s2o_slots = reserved_slots(vllm_config, kv_cache_spec.num_kv_heads, self.s2o)
         self.s2o_layers = [layers[name] for name in layer_names if isinstance(layers[name].impl, S2OImpl)]
         dense: dict[str, list[str]] = {}
@@ -97,12 +103,12 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
 
     def _introduce(self, dense: dict[str, list[str]]) -> None:
         for line in self.s2o.describe():
-            logger.info("s2o: %s", line)
+            say_once(line)
         sparse = len(self.s2o_layers) - sum(map(len, dense.values()))
         path = "Triton kernels" if self.device.type == "cuda" else "the CPU path"
-        logger.info("s2o: %d of %d attention layers take %s for long prefills", sparse, len(self.s2o_layers), path)
+        say_once(f"{sparse} of {len(self.s2o_layers)} attention layers take {path} for long prefills")
         for reason, names in dense.items():
-            logger.info("s2o: dense: %s (layers %s)", reason, ",".join(names))
+            tell_once(f"{reason} (layers {','.join(names)})")
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build: bool = False, **kwargs):
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
@@ -139,6 +145,9 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
         if common.max_query_len < self.s2o.min_query_len:
             tell_once(few)
             return None
+        # A dummy batch while vLLM warms up may claim more than a block table holds.
+        if common.max_seq_len > self.s2o_max_len:
+            return None
         reason = compat.step_problem(common, metadata)
         lengths = compat.host_lengths(common)
         if lengths is None:
@@ -164,7 +173,7 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
         for first, last in dense_runs(query_lens, sparse):
             rows = compat.slice_rows(common, first, last, query_lens, seq_lens)
             # A fast build: the builder's buffer for the kernel's schedule belongs to the whole batch.
-            run = super().build(0, rows, True)
+            run = compat.as_in_batch(super().build(0, rows, True), metadata)
             dense.append(DenseRun(slice(first, last), slice(starts[first], starts[last]), run))
         step = stats.Step(
             [query_lens[row] for row in sparse],
@@ -222,9 +231,9 @@ class S2OImpl(DENSE.get_impl_cls()):
             return output
         for run in work.dense:
             rows = run.tokens
-            super().forward(
-                layer, query[rows], key[rows], value[rows], kv_cache, run.metadata, output[rows], *args, **kwargs
-            )
+            # The cache may have been written by an operation of its own, and key and value not be passed on.
+            new = (None if tensor is None else tensor[rows] for tensor in (key, value))
+            super().forward(layer, query[rows], *new, kv_cache, run.metadata, output[rows], *args, **kwargs)
         key_cache, value_cache, block_table = compat.caches(layer, self, kv_cache, attn_metadata.block_table)
         visited = attention.run(
             query, key_cache, value_cache, block_table, work.plan, params, self.scale, output,

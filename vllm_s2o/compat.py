@@ -78,9 +78,8 @@ def register_backend(path: str = BACKEND_PATH) -> None:
 
     custom = AttentionBackendEnum.CUSTOM
     if custom.is_overridden() and custom.get_path() != path:
-        logger().warning(
-            "s2o: the backend name CUSTOM belongs to %s; use --attention-backend %s.", custom.get_path(), NAME
-        )
+        other = f"use --attention-backend {NAME}" if hasattr(AttentionBackendEnum, "register") else "remove one of them"
+        logger().warning("s2o: the backend name CUSTOM belongs to %s already: %s.", custom.get_path(), other)
     else:
         register_backend(custom, path)
     s2o_member(path)
@@ -286,6 +285,14 @@ def slice_rows(common, first: int, last: int, query_lens: list[int], seq_lens: l
         max_seq_len=max(seq_lens[first:last]),
         **changes,
     )
+
+
+def as_in_batch(part: Any, whole: Any) -> Any:
+    """Metadata of some rows, launched as within their batch: FLASH_ATTN would split a small part into many
+    pieces, whose sums take memory that profiling has not seen."""
+    if hasattr(whole, "max_num_splits"):
+        part.max_num_splits = whole.max_num_splits
+    return part
 
 
 # -- cache layouts ----------------------------------------------------------------------------------------------------

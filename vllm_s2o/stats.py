@@ -83,18 +83,19 @@ class Reporter:
             return
         host = torch.empty((), dtype=torch.int64, pin_memory=True)
         host.copy_(step.visited, non_blocking=True)
-        copied = torch.cuda.Event()
+        copied = torch.cuda.Event(blocking=True)  # the thread sleeps, it does not spin
         copied.record()
-        step.visited = None
-        self._pending.put((step, host, copied))
+        device, step.visited = step.visited.device, None
+        self._pending.put((step, host, copied, device))
         if self._thread is None:
             self._thread = threading.Thread(target=self._drain, name="s2o-stats", daemon=True)
             self._thread.start()
 
     def _drain(self) -> None:
         while True:
-            step, host, copied = self._pending.get()
-            copied.synchronize()
+            step, host, copied, device = self._pending.get()
+            with torch.cuda.device(device):  # a thread starts on the first device
+                copied.synchronize()
             self.tell(step, int(host))
 
     def tell(self, step: Step, visited: int) -> None:
