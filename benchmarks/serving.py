@@ -39,7 +39,7 @@ def our_lines(log: str) -> list[str]:
 
 def compiled_while_serving(log: str) -> list[str]:
     """Warnings of vLLM's monitor for kernels compiled during inference (0.32 and later)."""
-    return [line for line in log.splitlines() if "during inference" in line and "ompil" in line]
+    return [line for line in log.splitlines() if " during inference: " in line]
 
 
 def serve(model: str, log: Path, args: list[str]) -> Server:
@@ -60,8 +60,9 @@ def prompts(model: str) -> Iterator[Needle]:
 
 def needles(options: argparse.Namespace, logs: Path) -> dict[str, Any]:
     answers: dict[str, dict[str, str]] = {}
-    steps = []
-    for backend, flag in (("S2O", FLAG), ("dense", ())):
+    steps, said = [], []
+    for backend in options.backends:
+        flag = FLAG if backend == "S2O" else ()
         with serve(options.model, logs / f"needles-{backend}.log", [*flag, *options.server]) as server:
             answers[backend] = {n.name: server.ask(n.prompt) for n in prompts(options.model)}
             if flag:
@@ -184,6 +185,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the results file")
     parser.add_argument("--logs", type=Path, help="keep the servers' logs in this directory")
     parser.add_argument("--like", type=Path, help="needles: a results file to compare the answers with")
+    parser.add_argument("--backends", nargs="+", choices=["S2O", "dense"], default=["S2O", "dense"], help="needles")
     parser.add_argument("--tokens", type=int, default=32768, help="latency: length of a prompt")
     parser.add_argument("--prompts", type=int, default=5, help="latency: number of prompts")
     parser.add_argument("--shape", choices=SHAPES, help="latency: random weights of this shape")

@@ -5,11 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import Case, error_bar
+from vllm import _custom_ops as ops
+from vllm.platforms import CpuArchEnum, current_platform
 
 from vllm_s2o import S2OParams, compat, prefill_attention
-
-ops = pytest.importorskip("vllm._custom_ops", reason="vLLM is not installed")
-from vllm.platforms import CpuArchEnum, current_platform  # noqa: E402
 
 on_cpu = pytest.mark.skipif(not current_platform.is_cpu(), reason="this build of vLLM has no CPU operators")
 
@@ -190,6 +189,12 @@ def position(block, token, head, dim, *, strides, value, offset):
             id="0.25.1",
         ),
         pytest.param(
+            NUMBERS.view(BLOCKS, 2, HEADS, CUDA_PAGE, SIZE).transpose(2, 3),
+            (2 * CUDA_PAGE * HEADS * SIZE, SIZE, CUDA_PAGE * SIZE, 1),
+            CUDA_PAGE * HEADS * SIZE,
+            id="0.25.1-head-major",
+        ),
+        pytest.param(
             NUMBERS.view(BLOCKS, CUDA_PAGE, HEADS, 2 * SIZE).permute(0, 2, 1, 3),
             (CUDA_PAGE * HEADS * 2 * SIZE, HEADS * 2 * SIZE, 2 * SIZE, 1),
             SIZE,
@@ -212,14 +217,3 @@ def test_cuda_layouts(cache, strides, offset):
         for at in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (4, 15, 2, 7), (2, 9, 1, 3)):
             assert view[at] == position(*at, strides=strides, value=value, offset=offset)
     assert torch.equal(torch.cat([keys.flatten(), values.flatten()]).sort().values, NUMBERS)
-
-
-@pytest.mark.skipif(current_platform.is_cpu(), reason="FLASH_ATTN tells its cache's shape where it can run")
-def test_the_shape_that_flash_attention_names_is_one_of_these():
-    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
-
-    if not hasattr(FlashAttentionBackend, "get_kv_cache_shape"):  # from 0.32 on the cache is always joined by rows
-        return
-    shape = FlashAttentionBackend.get_kv_cache_shape(BLOCKS, CUDA_PAGE, HEADS, 64)
-    for view in compat.cuda_caches(torch.zeros(shape), 64):
-        assert view.shape == (BLOCKS, CUDA_PAGE, HEADS, 64)

@@ -53,8 +53,7 @@ def test_a_line_says_all(clock):
     counted.sparse_layer(torch.tensor([[400, 600], [100, 100]]))
     reporter.finish(counted)
     assert lines == [
-        "s2o: prefill query=100,50 seq=300,50 density=0.500 sparse_layers=2/3 | "
-        "total steps=1 tokens=150 density=0.500"
+        "s2o: prefill query=100,50 seq=300,50 density=0.500 sparse_layers=2/3 | total steps=1 tokens=150 density=0.500"
     ]
 
 

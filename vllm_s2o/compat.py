@@ -140,9 +140,11 @@ class StartError(RuntimeError):
 
 
 def stop(sentence: str) -> None:
-    """End the start with this sentence: at a terminal as the last line, in a program as an exception."""
+    """End the start with this sentence: under vLLM's own commands as the last line, in a program as an exception."""
+    import vllm
+
     main = getattr(sys.modules.get("__main__"), "__file__", None) or ""
-    if os.path.basename(main) in ("vllm", "api_server.py", "main.py"):
+    if os.path.basename(main) == "vllm" or main.startswith(os.path.dirname(vllm.__file__) + os.sep):
         raise SystemExit(f"vllm-s2o: {sentence}")
     raise StartError(sentence)
 
@@ -201,6 +203,10 @@ def reserve_workspace(*shapes_and_dtypes) -> list[torch.Tensor] | None:
     return workspace.current_workspace_manager().get_simultaneous(*shapes_and_dtypes)
 
 
+MAX_HEAD_SIZE = 256
+"""The largest that the kernels are tested with."""
+
+
 def layer_problem(impl, layer) -> str | None:
     """Why this layer must stay dense, or None."""
     window = impl.sliding_window
@@ -218,6 +224,8 @@ def layer_problem(impl, layer) -> str | None:
         return f"quantised KV cache ({impl.kv_cache_dtype})"
     if getattr(impl, "total_cp_world_size", 1) > 1 or getattr(impl, "dcp_world_size", 1) > 1:
         return "context parallelism"
+    if impl.head_size > MAX_HEAD_SIZE:
+        return f"head size {impl.head_size}, above {MAX_HEAD_SIZE}"
     isa = getattr(layer, "isa", None) or getattr(impl, "isa", None)
     if isa is not None and isa not in CPU_LAYOUTS:
         return f"unknown CPU cache layout ({isa})"

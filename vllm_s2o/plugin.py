@@ -11,8 +11,13 @@ def register() -> None:
     problem = compat.version_problem()
     if problem is not None:
         compat.logger().error("s2o: %s", problem)
-    compat.register_backend()
-    compat.install_hooks(check)
+    try:
+        compat.register_backend()
+        compat.install_hooks(check)
+    except Exception:
+        # An unsupported vLLM may have moved anything. A server without the flag must start all the same.
+        if problem is None:
+            raise
 
 
 def check(vllm_config) -> None:

@@ -1,7 +1,9 @@
 """Real vLLM objects of a model that is too small to be of use: no weights, no tokenizer, no server."""
 
 import json
+import os
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from vllm.config import AttentionConfig, CacheConfig, ModelConfig, VllmConfig
@@ -31,12 +33,13 @@ def model_config(directory: Path, dtype: str = "float32", **fields) -> ModelConf
 
 def vllm_config(model: ModelConfig, backend: str | None = "CUSTOM", **s2o) -> VllmConfig:
     """What the flag and --additional-config make of it."""
-    return VllmConfig(
-        model_config=model,
-        cache_config=CacheConfig(block_size=PAGE),
-        attention_config=AttentionConfig(backend=backend),
-        additional_config={"s2o": s2o} if s2o else {},
-    )
+    with patch.dict(os.environ):  # on a CPU, vLLM sets variables for the processes that it is about to start
+        return VllmConfig(
+            model_config=model,
+            cache_config=CacheConfig(block_size=PAGE),
+            attention_config=AttentionConfig(backend=backend),
+            additional_config={"s2o": s2o} if s2o else {},
+        )
 
 
 def common_metadata(

@@ -1,0 +1,195 @@
+"""The wheel holds all that the checkout has, and no directory of the repository hides another package."""
+
+import ast
+import configparser
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from processes import ROOT, run_python
+
+import vllm_s2o
+
+KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "vllm_s2o").rglob("*.py"))
+
+
+def pip(*arguments: str | Path) -> None:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built without a network from a clean copy of the checkout, its tests and benchmarks included."""
+    work = tmp_path_factory.mktemp("wheel")
+    source = work / "source"
+    hidden = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist")
+    shutil.copytree(ROOT, source, ignore=hidden)
+    pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", work, source)
+    (built,) = work.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def contents(wheel) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """A directory for sys.path, with the wheel in it and nothing else."""
+    target = tmp_path_factory.mktemp("installed")
+    pip("install", "--no-deps", "--no-index", "--target", target, wheel)
+    return target
+
+
+# -- the wheel --------------------------------------------------------------------------------------------------------
+
+
+def test_the_wheel_holds_every_source(contents):
+    assert SOURCES
+    assert set(SOURCES) <= contents
+
+
+def test_the_wheel_holds_every_kernel(contents):
+    assert KERNELS
+    assert {f"vllm_s2o/kernels/{name}" for name in KERNELS} <= contents
+
+
+def test_the_wheel_holds_every_config(contents):
+    assert "default.yaml" in CONFIGS
+    assert {f"vllm_s2o/configs/{name}" for name in CONFIGS} <= contents
+
+
+def test_the_wheel_holds_nothing_beside_the_package(contents):
+    top = {name.partition("/")[0] for name in contents}
+    assert top == {"vllm_s2o", f"vllm_s2o-{vllm_s2o.__version__}.dist-info"}
+
+
+def test_what_the_wheel_says_of_itself(wheel):
+    info = f"vllm_s2o-{vllm_s2o.__version__}.dist-info"
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read(f"{info}/METADATA").decode().splitlines()
+        entry_points = configparser.ConfigParser()
+        entry_points.read_string(archive.read(f"{info}/entry_points.txt").decode())
+        assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    assert f"Version: {vllm_s2o.__version__}" in metadata
+    assert "License-Expression: Apache-2.0" in metadata
+    assert dict(entry_points["vllm.general_plugins"]) == {"s2o": "vllm_s2o.plugin:register"}
+
+
+def test_an_installed_wheel_works(installed, tmp_path):
+    """Away from the repository, of which nothing is used."""
+    code = f"""
+import importlib, json, sys
+import vllm_s2o, vllm_s2o.plugin
+from vllm_s2o.config import ModelTraits, load_config
+for name in {[name.removesuffix(".py") for name in KERNELS]}:
+    importlib.import_module("vllm_s2o.kernels." + name)
+resolved = load_config(ModelTraits("someone/other", "OtherForCausalLM", 4, 8, 2, 64))
+files = [m.__file__ for n, m in sys.modules.items() if n.startswith("vllm_s2o") and getattr(m, "__file__", None)]
+print(json.dumps([resolved.source, files, vllm_s2o.__path__]))
+"""
+    source, files, path = json.loads(run_python(code, tmp_path, PYTHONPATH=str(installed)))
+    assert source == "default.yaml"
+    assert len(files) > len(KERNELS)
+    assert [file for file in files if not Path(file).is_relative_to(installed)] == []
+    assert path == [str(installed / "vllm_s2o")]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_an_installed_wheel_reads_the_files_of_the_checkout(installed, config):
+    assert (installed / "vllm_s2o" / "configs" / config).read_bytes() == (ROOT / "configs" / config).read_bytes()
+
+
+# -- the name `kernels` -----------------------------------------------------------------------------------------------
+
+FIND = "import importlib.util as u; s = u.find_spec('kernels'); print(s and [s.origin, *s.submodule_search_locations])"
+
+
+def test_no_module_named_kernels_is_installed(tmp_path):
+    """The name is that of Hugging Face's package, which may be installed or not."""
+    found = run_python(FIND, tmp_path, PYTHONPATH="")
+    assert found == "None" or "site-packages" in found
+    assert str(ROOT) not in found.replace(sys.prefix, "")
+
+
+def test_transformers_finds_the_same_kernels_from_the_repository(tmp_path):
+    code = "from transformers.utils import is_kernels_available; print(is_kernels_available())"
+    assert run_python(code, ROOT, PYTHONPATH="") == run_python(code, tmp_path, PYTHONPATH="")
+
+
+def test_a_package_named_kernels_is_found_from_the_repository(tmp_path):
+    """Without an __init__.py, the repository's directory gives way to any package of that name."""
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("name = 'from elsewhere'\n")
+    code = "import sys; assert sys.path[0] == ''; import kernels; print(kernels.name)"
+    assert run_python(code, ROOT, PYTHONPATH=str(tmp_path)) == "from elsewhere"
+
+
+# -- what imports what ------------------------------------------------------------------------------------------------
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(dots, name) of all imports of a file, those inside functions included."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(0, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.level, node.module or ""))
+    return found
+
+
+def test_all_imports_are_seen(tmp_path):
+    path = tmp_path / "example.py"
+    path.write_text("import vllm.config\ndef f():\n    from . import x\n    from .y import z\n    from vllm import a\n")
+    assert imports(path) == [(0, "vllm.config"), (1, ""), (1, "y"), (0, "vllm")]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_imports_neither_vllm_nor_the_package(kernel):
+    """Kernels stand alone: their names for each other are relative, and nothing else of ours is known to them."""
+    found = imports(ROOT / "kernels" / kernel)
+    assert not {name.partition(".")[0] for dots, name in found if dots == 0} & {"vllm", "vllm_s2o", "kernels"}
+    assert {dots for dots, _ in found} <= {0, 1}
+
+
+def test_kernels_load_where_there_is_no_vllm(tmp_path):
+    code = f"""
+import importlib, sys
+sys.modules["vllm"] = None
+for name in {[name.removesuffix(".py") for name in KERNELS]}:
+    importlib.import_module("vllm_s2o.kernels." + name)
+print(sorted(name for name in sys.modules if name.startswith("vllm_s2o.") and "kernels" not in name))
+"""
+    assert run_python(code, tmp_path) == "['vllm_s2o.version']"
+
+
+def test_plans_and_parameters_load_where_there_is_no_torch(tmp_path):
+    code = """
+import sys
+sys.modules |= dict.fromkeys(["torch", "vllm", "triton"])
+import vllm_s2o.plan, vllm_s2o.params
+print(sorted(name for name in sys.modules if name.startswith("vllm_s2o.")))
+"""
+    assert run_python(code, tmp_path) == "['vllm_s2o.params', 'vllm_s2o.plan', 'vllm_s2o.version']"
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_vllm_is_imported_in_one_place(source):
+    """All that differs between versions of vLLM is in compat.py; the backend asks for the current configuration."""
+    used = {name for dots, name in imports(ROOT / source) if dots == 0 and name.partition(".")[0] == "vllm"}
+    if source == "vllm_s2o/compat.py":
+        assert used
+    else:
+        assert used <= ({"vllm.config"} if source == "vllm_s2o/backend.py" else set())

