@@ -17,15 +17,21 @@ def test_completion(s2o):
     assert answer.usage.completion_tokens == 8
 
 
-def test_chat_ends_by_itself(s2o):
-    answer = s2o.client.chat.completions.create(
-        model=MODEL_NAME,
-        messages=[{"role": "user", "content": "What is the capital of France?"}],
-        max_tokens=100,
-        temperature=0,
-    )
-    assert "Paris" in answer.choices[0].message.content
+def chat(server, prompt, **options):
+    messages = [{"role": "user", "content": prompt}]
+    return server.client.chat.completions.create(model=MODEL_NAME, messages=messages, temperature=0, **options)
+
+
+def test_chat_ends_by_itself(s2o, count_tokens):
+    asked = needle(600, 0.5, 3, count_tokens)
+    answer = chat(s2o, asked.prompt, max_tokens=100)
+    assert asked.number in answer.choices[0].message.content
     assert answer.choices[0].finish_reason == "stop"
+
+
+def test_a_short_chat_is_answered_as_without_the_flag(s2o, dense):
+    answers = [chat(server, "What is the capital of France?", max_tokens=30) for server in (s2o, dense)]
+    assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
 
 
 @pytest.mark.parametrize("num_tokens", [60, 2500], ids=["short", "long"])

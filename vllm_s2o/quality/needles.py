@@ -1,8 +1,12 @@
 """Prompts that hide a number in plain text and ask for it at the end."""
 
+import argparse
+import json
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 WHO = "The gardener,A retired captain,My neighbour,The young teacher,An old fisherman,The village baker,Our librarian"
 DID = "walked along,wrote about,remembered,painted,repaired,described,measured,visited,talked of,looked after"
@@ -46,3 +50,26 @@ def needle(num_tokens: int, depth: float, seed: int, count: Callable[[str], int]
         + "\n\nWhat is the special magic number for the lighthouse mentioned in the text? Answer with the number only."
     )
     return Needle(f"{num_tokens} tokens, depth {depth:.0%}", prompt, number)
+
+
+def main() -> None:
+    """Print a chat request with such a prompt, for `curl --data @-`."""
+    parser = argparse.ArgumentParser(prog="python -m vllm_s2o.quality.needles", description=main.__doc__)
+    parser.add_argument("tokenizer", help="directory or name of the served model")
+    parser.add_argument("--tokens", type=int, default=7800, help="length of the prompt (default 7800)")
+    parser.add_argument("--depth", type=float, default=0.5, help="where the number stands, 0 to 1 (default 0.5)")
+    parser.add_argument("--seed", type=int, default=1, help="another text and number")
+    parser.add_argument("--name", help="what the server calls the model (default: the directory's name)")
+    args = parser.parse_args()
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    made = needle(args.tokens, args.depth, args.seed, lambda text: len(tokenizer(text).input_ids))
+    print(f"the number is {made.number}", file=sys.stderr)
+    messages = [{"role": "user", "content": made.prompt}]
+    name = args.name or Path(args.tokenizer).name
+    print(json.dumps({"model": name, "messages": messages, "max_tokens": 24, "temperature": 0}))
+
+
+if __name__ == "__main__":
+    main()
