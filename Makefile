@@ -51,7 +51,7 @@ $(SMOLLM2)/prepared.txt: | $(INSTALLED)
 	@.venv/bin/python -m vllm_s2o.cli.prepare $(SMOLLM2)
 
 .venv/installed-%: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null || {
 		echo "vllm-s2o needs Python 3.11 or 3.12, and $(PYTHON) is $$($(PYTHON) --version 2>&1): name another one with PYTHON=python3.12." >&2
 		exit 1
 	}

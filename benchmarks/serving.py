@@ -152,7 +152,8 @@ def write_shape(shape: str, tokenizer_from: Path, directory: Path) -> Path:
 
 def latency(options: argparse.Namespace, logs: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"tokens": options.tokens, "providers": {}}
-    args = options.server
+    # Else the warm-up's prompt would be served from the cache when it is asked again.
+    args = ["--no-enable-prefix-caching", *options.server]
     if options.shape:
         result["shape"] = options.shape
         options.model = str(write_shape(options.shape, Path(options.model), logs / options.shape))
@@ -165,7 +166,8 @@ def latency(options: argparse.Namespace, logs: Path) -> dict[str, Any]:
             figures["compiled_while_serving"] = compiled_while_serving(server.log)
             steps = prefills(server.log)
             if steps:
-                figures["last_prefill"] = steps[-1]._asdict()
+                figures["prefills"] = [step._asdict() for step in steps]
+                figures["total"] = "total " + server.log.rpartition("| total ")[2].partition("\n")[0]
         result["providers"][name] = figures
         print(f"{name}: median TTFT {figures['median_ttft_ms']:.0f} ms, completed {figures['completed']}", flush=True)
         write(options, result)

@@ -14,6 +14,9 @@ from .naive import HISTORY, NUM_QUERIES, QUERY_POS, QUERY_ROW, SEQ, VISIT_LIMIT,
 
 __all__ = ["attend", "order_queries", "rank_keys"]
 
+INSIDE_KEYS = 512
+"""Keys of pass 1 at a time: what is held must not grow with the square of the segment."""
+
 
 def rank_keys(
     query, key_cache, block_table, segments, num_slots: int, num_classes: int, **_device_only
@@ -130,13 +133,16 @@ class _Segment:
 
 
 def _inside(stacked: _Segment, key_cache, value_cache, block_table, segment, kv_head: int) -> None:
-    """Pass 1, all rows of the segment at once."""
+    """Pass 1: the segment's own keys, over the tiles that see any of them."""
     end = segment[QUERY_POS] + segment[NUM_QUERIES]
-    keys = torch.arange(segment[HISTORY], end)
-    lie = naive.slots_of(block_table, segment[SEQ], keys, key_cache.shape[1])
-    logits = stacked.q @ naive.read_rows(key_cache, lie, kv_head).T
-    logits.masked_fill_(keys > stacked.position[..., None], -math.inf)
-    stacked.add(torch.arange(len(logits)), logits, naive.read_rows(value_cache, lie, kv_head))
+    for start in range(segment[HISTORY], end, INSIDE_KEYS):
+        keys = torch.arange(start, min(start + INSIDE_KEYS, end))
+        lie = naive.slots_of(block_table, segment[SEQ], keys, key_cache.shape[1])
+        active = (stacked.position.amax(1) >= start).nonzero().squeeze(1)
+        q = stacked.q[active]
+        logits = (q.flatten(0, 1) @ naive.read_rows(key_cache, lie, kv_head).T).view(*q.shape[:2], -1)
+        logits.masked_fill_(keys > stacked.position[active][..., None], -math.inf)
+        stacked.add(active, logits, naive.read_rows(value_cache, lie, kv_head))
 
 
 def _history(stacked: _Segment, key_cache, value_cache, ranking, kv_head: int, key_block: int, stop_interval: int):

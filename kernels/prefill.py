@@ -124,7 +124,7 @@ def _attend(
 
 
 def launch_options(tile_size: int, head_size: int) -> dict[str, int]:
-    """Warps and pipeline stages: a warp group per 64 rows, and fewer stages where K and V fill shared memory."""
+    """Warps and pipeline stages: two warp groups where the accumulator of a tile would not fit one's registers."""
     return {"num_warps": 8 if tile_size * block_dim(head_size) >= 128 * 128 else 4, "num_stages": 2}
 
 

@@ -39,7 +39,7 @@ def models(tmp_path_factory):
 def told(monkeypatch):
     """Lines that the backend logs."""
     lines = []
-    monkeypatch.setattr(backend.logger, "info", lambda line, *values: lines.append(line % values))
+    monkeypatch.setattr(backend.logger, "log", lambda level, line, *values: lines.append(line % values))
     monkeypatch.setattr(backend, "_told", set())
     return lines
 
@@ -335,6 +335,35 @@ def test_thresholds_are_cut_by_rank(start, rank, place, mine):
 def test_one_threshold_is_every_ranks(start, rank):
     rank[:] = (1, 2)
     assert start({**SHORT, "threshold": 0.1}, num_heads=2).layers[0].impl.s2o_params.threshold == 0.1
+
+
+def test_thresholds_for_another_number_of_heads(start, rank, told):
+    """A layer may have fewer heads than the model says: it stays dense, the server starts."""
+    made = start({**EXACT, "threshold": [0.1] * tiny.NUM_HEADS}, layers=({},), num_heads=2 * tiny.NUM_HEADS)
+    assert made.layers[0].impl.s2o_params is None
+    assert any(f"do not fit a layer of {2 * tiny.NUM_HEADS}" in line for line in told)
+
+
+@pytest.mark.parametrize("proposed, least", [(None, 2), (3, 5)], ids=["one token", "three proposed"])
+def test_decode_rows_stay_dense_whatever_the_config_says(start, monkeypatch, proposed, least):
+    monkeypatch.setattr(compat, "longest_decode", lambda config: 1 + (proposed or 0))
+    made = start({**EXACT, "min_query_len": 1, "min_seq_len": 1})
+    for query_len in (least - 1, least):
+        batch = Batch(made.layers[0], query_lens=[query_len], seq_lens=[40])
+        planned = made.builder.build(0, batch.common).s2o
+        assert (planned is not None) == (query_len == least)
+
+
+def test_longest_decode():
+    for given, longest in ((None, 1), (SimpleNamespace(num_speculative_tokens=3), 4)):
+        assert compat.longest_decode(SimpleNamespace(speculative_config=given)) == longest
+
+
+def test_a_draft_model_stays_dense(start, told, monkeypatch):
+    monkeypatch.setattr(compat, "is_draft", lambda config: True)
+    made = start()
+    assert made.layers[0].impl.s2o_params is None
+    assert any("draft model" in line for line in told)
 
 
 def test_one_process_introduces_the_backend(start, rank, told):

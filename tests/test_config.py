@@ -109,6 +109,11 @@ def test_match(file, traits, name, matched):
     assert (config.source, config.matched) == (file, matched)
 
 
+def test_another_model_of_the_same_name_is_not_matched():
+    config = load_config(replace(QWEN, num_layers=4))
+    assert (config.source, config.matched) == ("default.yaml", "default")
+
+
 @pytest.mark.parametrize("change", ["architecture", "num_layers", "num_heads", "num_kv_heads", "head_size"])
 def test_every_dimension_counts(change):
     value = "MistralForCausalLM" if change == "architecture" else getattr(LLAMA, change) * 2

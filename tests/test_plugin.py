@@ -65,11 +65,12 @@ def config(backend="S2O") -> SimpleNamespace:
     text = SimpleNamespace(num_hidden_layers=2, num_attention_heads=4)
     traits = {
         "model": "some/model", "use_mla": False, "hf_config": text, "hf_text_config": text,
-        "get_total_num_kv_heads": lambda: 2, "get_head_size": lambda: 64,
+        "get_total_num_kv_heads": lambda: 2, "get_head_size": lambda: 64, "max_model_len": 8192,
     }  # fmt: skip
     return SimpleNamespace(
         attention_config=SimpleNamespace(backend=AttentionBackendEnum[backend] if backend else None),
         model_config=SimpleNamespace(**traits),
+        speculative_config=None,
         additional_config={},
     )
 
@@ -343,6 +344,41 @@ def test_a_bad_config_is_refused():
     given.additional_config = {"s2o": {"threshhold": 0.1}}
     with pytest.raises(StartError, match=r"there is no field 'threshhold'; allowed are "):
         plugin.check(given)
+
+
+@pytest.mark.parametrize("key", ["S2O", "vllm-s2o", "vllm_s2o"])
+def test_a_misspelt_key_is_refused(key):
+    given = config()
+    given.additional_config = {key: {"threshold": 0.1}}
+    with pytest.raises(StartError, match=f"has the key '{key}'; allowed is 's2o'"):
+        plugin.check(given)
+
+
+def test_a_model_without_dimensions_is_refused():
+    given = config()
+    given.model_config.hf_text_config.num_attention_heads = None
+    with pytest.raises(StartError, match=r"config\.json does not give the dimensions"):
+        plugin.check(given)
+
+
+@pytest.mark.parametrize("max_model_len, warned", [(4095, 1), (4096, 0)])
+def test_a_flag_without_an_effect_is_warned_of(max_model_len, warned, monkeypatch):
+    lines = []
+    monkeypatch.setattr(compat.logger(), "warning", lambda line, *values: lines.append(line % values))
+    given = config()
+    given.model_config.max_model_len = max_model_len
+    plugin.check(given)
+    assert len([line for line in lines if "no effect: min_seq_len=4096" in line]) == warned
+
+
+def test_a_draft_model_does_not_answer_for_the_models_overrides():
+    """vLLM checks the configuration of a draft model too, with the same options."""
+    given = config()
+    given.additional_config = {"s2o": {"layers": [{"layers": 9, "threshold": 0.1}]}}
+    with pytest.raises(StartError, match="has layers 0 to 1"):
+        plugin.check(given)
+    given.speculative_config = SimpleNamespace(draft_model_config=given.model_config)
+    plugin.check(given)
 
 
 @pytest.mark.parametrize("program", ["/env/bin/vllm", "entrypoints/openai/api_server.py", "entrypoints/cli/main.py"])

@@ -90,6 +90,19 @@ def test_lines_keep_a_distance_and_totals_miss_nothing(clock):
     assert reporter.totals == Totals(steps=4, tokens=307, visited=2400, causal=8000)
 
 
+def test_the_last_figures_of_a_burst_are_told_after_it():
+    lines = []
+    reporter = Reporter(lines.append, interval=0.1)
+    for tokens in (1, 2, 3):
+        reporter.tell(*finished(200, tokens=tokens))
+    assert len(lines) == 1
+    deadline = time.monotonic() + 30
+    while len(lines) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "query=3 " in lines[1]
+    assert "total steps=3 tokens=6 " in lines[1]
+
+
 def test_the_first_step_is_told_whatever_the_clock_says(clock):
     """The clock may start at any number, zero included."""
     clock[0] = 0.0

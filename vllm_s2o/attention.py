@@ -168,13 +168,20 @@ def run(
 @functools.cache
 def warm_up(
     num_heads: int, cache_shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, params: S2OParams
-) -> None:
+) -> str | None:
     """Compile what the kernels need before the first request does, on a cache of zeros.
 
     Args:
         cache_shape: (block_size, num_kv_heads, head_size)
+
+    Returns:
+        Why the kernels cannot run on this GPU, or None.
     """
+    from triton.runtime.errors import OutOfResources
+
     block_size, num_kv_heads, head_size = cache_shape
+    if params.query_order == "position":  # then no kernel depends on it
+        params = params.model_copy(update={"segment_len": params.tile_size})
     length = 3 * params.segment_len
     blocks = -(-length // block_size)
     query = torch.zeros(length, num_heads, head_size, dtype=dtype, device=device)
@@ -182,7 +189,13 @@ def warm_up(
     block_table = torch.arange(blocks, dtype=torch.int32, device=device)[None]
     for query_len in (params.segment_len, length):  # scores of one segment and of several are separate kernels
         plan = to_device(plan_step([query_len], [length], params, num_kv_heads), device)
-        run(query[:query_len], cache, cache, block_table, plan, params, 1.0, torch.empty_like(query[:query_len]))
+        out = torch.empty_like(query[:query_len])
+        try:
+            run(query[:query_len], cache, cache, block_table, plan, params, 1.0, out)
+        except OutOfResources as error:
+            sizes = f"head size {head_size} with tile_size={params.tile_size} and key_block={params.key_block}"
+            return f"{sizes} needs {error.required} of {error.name}, this GPU has {error.limit}"
+    return None
 
 
 def prefill_attention(
@@ -209,7 +222,7 @@ def prefill_attention(
         seq_lens: [num_seqs] int32, the new tokens included.
         scale: factor on the logits, as a rule head_size ** -0.5.
         params: threshold, segment length and the rest; `threshold=0` computes dense attention.
-        out: written in place where given, shaped and typed like query.
+        out: written in place where given, shaped and typed like query, its last dimension dense.
         return_stats: also return the visited and the causal pairs.
         implementation: "auto" takes Triton on a GPU and the vectorised path on a CPU; "naive" is the oracle.
 
@@ -227,8 +240,10 @@ def prefill_attention(
     query_lens = [b - a for a, b in itertools.pairwise(starts)]
     _check_lengths(starts, query_lens, lens, query.shape[0], block_table.shape[1] * key_cache.shape[1])
     if out is None:
-        out = torch.empty_like(query)
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    # The kernels know one stride of each: the caches, which are large, are read with any strides.
     query = query if query.stride(-1) == 1 else query.contiguous()
+    block_table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
     plan = plan_step(query_lens, lens, params, key_cache.shape[2])
     visited = run(
         query, key_cache, value_cache, block_table, to_device(plan, query.device), params, scale, out,
@@ -291,6 +306,7 @@ def _check(query, key_cache, value_cache, block_table, query_start_loc, seq_lens
             out.shape == query.shape and out.dtype == query.dtype,
             f"out must be {query.dtype} {list(query.shape)} like query, got {out.dtype} {list(out.shape)}",
         )
+        _require(out.stride(-1) == 1, f"out's last dimension must be dense, its stride is {out.stride(-1)}")
 
 
 def _check_lengths(starts: list[int], query_lens: list[int], lens: list[int], num_tokens: int, capacity: int) -> None:

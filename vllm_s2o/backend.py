@@ -8,6 +8,7 @@ flag was given, in a process that runs the model.
 """
 
 import dataclasses
+import logging
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -25,16 +26,22 @@ reporter = stats.Reporter(logger.info)
 _told: set[str] = set()
 
 
-def say_once(line: str) -> None:
+def say_once(line: str, level: int = logging.INFO) -> None:
     """vLLM makes a builder several times: for profiling, for capture, for each cache group."""
-    if line not in _told:
+    if line not in _told and compat.tensor_parallel()[0] == 0:
         _told.add(line)
-        logger.info("s2o: %s", line)
+        logger.log(level, "s2o: %s", line)
 
 
 def tell_once(reason: str) -> None:
     """Say why something stays dense, the first time that it does."""
     say_once(f"dense: {reason}")
+
+
+def report(step: stats.Step) -> None:
+    """One rank tells of its heads: the others' differ little."""
+    if compat.tensor_parallel()[0] == 0:
+        reporter.finish(step)
 
 
 def layer_index(layer_name: str) -> int | None:
@@ -87,26 +94,28 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
         layers = vllm_config.compilation_config.static_forward_context
         self.s2o_max_len = vllm_config.model_config.max_model_len
         self.s2o_slots = reserved_slots(vllm_config, kv_cache_spec.num_kv_heads, self.s2o)
+        self.s2o_min_query = max(self.s2o.min_query_len, 1 + compat.longest_decode(vllm_config))
         self.s2o_layers = [layers[name] for name in layer_names if isinstance(layers[name].impl, S2OImpl)]
+        problem = "draft model" if compat.is_draft(vllm_config) else None
+        if device.type == "cuda" and problem is None and self.s2o_layers:
+            shape = (kv_cache_spec.block_size, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
+            num_heads = self.s2o_layers[0].impl.num_heads
+            problem = attention.warm_up(num_heads, shape, vllm_config.model_config.dtype, device, self.s2o.params)
         dense: dict[str, list[str]] = {}
         for layer in self.s2o_layers:
-            reason = layer.impl.settle(layer, self.s2o)
+            reason = layer.impl.settle(layer, self.s2o, problem)
             if reason is not None:
                 dense.setdefault(reason, []).append(str(layer_index(layer.layer_name)))
         self.any_sparse = any(layer.impl.s2o_params is not None for layer in self.s2o_layers)
-        if compat.tensor_parallel()[0] == 0:
-            self._introduce(dense)
-        if self.any_sparse and device.type == "cuda":
-            shape = (kv_cache_spec.block_size, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
-            num_heads = self.s2o_layers[0].impl.num_heads
-            attention.warm_up(num_heads, shape, vllm_config.model_config.dtype, device, self.s2o.params)
+        self._introduce(dense)
 
     def _introduce(self, dense: dict[str, list[str]]) -> None:
         for line in self.s2o.describe():
             say_once(line)
         sparse = len(self.s2o_layers) - sum(map(len, dense.values()))
         path = "Triton kernels" if self.device.type == "cuda" else "the CPU path"
-        say_once(f"{sparse} of {len(self.s2o_layers)} attention layers take {path} for long prefills")
+        line = f"{sparse} of {len(self.s2o_layers)} attention layers take {path} for long prefills"
+        say_once(line, logging.INFO if sparse else logging.WARNING)
         for reason, names in dense.items():
             tell_once(f"{reason} (layers {','.join(names)})")
 
@@ -137,12 +146,12 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
 
     def _plan(self, common, metadata) -> Work | None:
         short = f"sequences shorter than min_seq_len={self.s2o.min_seq_len}"
-        few = f"fewer new tokens than min_query_len={self.s2o.min_query_len}, decode among them"
+        few = f"fewer new tokens than min_query_len={self.s2o_min_query}, decode among them"
         # Most steps end here: what a step holds at most tells enough.
         if common.max_seq_len < self.s2o.min_seq_len:
             tell_once(short)
             return None
-        if common.max_query_len < self.s2o.min_query_len:
+        if common.max_query_len < self.s2o_min_query:
             tell_once(few)
             return None
         # A dummy batch while vLLM warms up may claim more than a block table holds.
@@ -160,7 +169,7 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
         for row, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
             if seq_len < self.s2o.min_seq_len:
                 tell_once(short)
-            elif query_len < self.s2o.min_query_len:
+            elif query_len < self.s2o_min_query:
                 tell_once(few)
             else:
                 sparse.append(row)
@@ -197,10 +206,10 @@ class S2OImpl(DENSE.get_impl_cls()):
         vllm_config = get_current_vllm_config()
         self._s2o_slots = reserved_slots(vllm_config, self.num_kv_heads, resolve(vllm_config))
 
-    def settle(self, layer, config: ResolvedConfig) -> str | None:
-        """Choose this layer's path. Returns the reason when it stays dense."""
+    def settle(self, layer, config: ResolvedConfig, problem: str | None = None) -> str | None:
+        """Choose this layer's path. Returns the reason when it stays dense; `problem` is one that all layers have."""
         self.s2o_params = None
-        reason = compat.layer_problem(self, layer)
+        reason = problem or compat.layer_problem(self, layer)
         if reason is not None:
             return reason
         index = layer_index(layer.layer_name)
@@ -210,6 +219,8 @@ class S2OImpl(DENSE.get_impl_cls()):
         if isinstance(params.threshold, tuple):  # the config counts the model's heads, this rank holds some of them
             rank, _ = compat.tensor_parallel()
             mine = params.threshold[rank * self.num_heads : (rank + 1) * self.num_heads]
+            if len(mine) != self.num_heads or len(params.threshold) % self.num_heads:
+                return f"thresholds for {len(params.threshold)} heads do not fit a layer of {self.num_heads}"
             params = params.model_copy(update={"threshold": mine})
         self.s2o_params = params
         return None
@@ -227,7 +238,7 @@ class S2OImpl(DENSE.get_impl_cls()):
         if params is None:
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
             if work.step.dense_layer():
-                reporter.finish(work.step)
+                report(work.step)
             return output
         for run in work.dense:
             rows = run.tokens
@@ -240,7 +251,7 @@ class S2OImpl(DENSE.get_impl_cls()):
             workspace=self._workspace(work.plan.max_slots),
         )  # fmt: skip
         if work.step.sparse_layer(visited):
-            reporter.finish(work.step)
+            report(work.step)
         return output
 
 
@@ -250,6 +261,11 @@ class S2OBackend(DENSE):
     @staticmethod
     def get_name() -> str:
         return "CUSTOM"
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """Steps are planned from the lengths that the host knows."""
+        return False
 
     @staticmethod
     def get_impl_cls() -> type[S2OImpl]:

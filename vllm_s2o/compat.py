@@ -166,6 +166,17 @@ def model_traits(model_config) -> dict[str, Any]:
     )
 
 
+def is_draft(vllm_config) -> bool:
+    """Whether this is the configuration of a draft model for speculative decoding."""
+    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
+    return draft is not None and draft is vllm_config.model_config
+
+
+def longest_decode(vllm_config) -> int:
+    """Query tokens of a row in decode, at most: one, and what a draft proposes."""
+    return 1 + int(getattr(vllm_config.speculative_config, "num_speculative_tokens", None) or 0)
+
+
 def dense_backend() -> type:
     """The platform's own backend, which everything but long prefill is left to."""
     from vllm.platforms import current_platform

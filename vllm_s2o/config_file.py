@@ -50,6 +50,9 @@ def ranges(given: Any) -> list[range]:
     return [range(first, last + 1) for first, last in bounds]
 
 
+DIMENSIONS = ("architecture", "num_layers", "num_heads", "num_kv_heads", "head_size")
+
+
 def _last_part(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2].lower()
 
@@ -65,14 +68,17 @@ class Match(_Strict):
     head_size: Length | None = Field(None, description="Size of one head.")
 
     def by_name(self, traits: ModelTraits) -> bool:
-        return traits.name.lower() in [name.lower() for name in self.names]
+        return self._agrees(traits) and traits.name.lower() in [name.lower() for name in self.names]
 
     def by_last_part(self, traits: ModelTraits) -> bool:
-        return _last_part(traits.name) in [_last_part(name) for name in self.names]
+        return self._agrees(traits) and _last_part(traits.name) in [_last_part(name) for name in self.names]
 
     def by_dimensions(self, traits: ModelTraits) -> bool:
-        fields = ("architecture", "num_layers", "num_heads", "num_kv_heads", "head_size")
-        return all(getattr(self, name) == getattr(traits, name) for name in fields)
+        return self._agrees(traits) and None not in (getattr(self, name) for name in DIMENSIONS)
+
+    def _agrees(self, traits: ModelTraits) -> bool:
+        """What the file says of the model is so: another model may have its name."""
+        return all(getattr(self, name) in (None, getattr(traits, name)) for name in DIMENSIONS)
 
 
 class Override(_Strict):

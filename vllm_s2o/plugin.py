@@ -34,6 +34,12 @@ def check(vllm_config) -> None:
     from vllm_s2o.settings import resolve
 
     try:
-        resolve(vllm_config)
+        config = resolve(vllm_config)
     except ConfigError as error:
         compat.stop(str(error))
+    if config.min_seq_len > model_config.max_model_len:
+        compat.logger().warning(
+            "s2o: no effect: min_seq_len=%d is above the longest sequence, --max-model-len %d.",
+            config.min_seq_len,
+            model_config.max_model_len,
+        )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 LOG_INTERVAL = 1.0
-"""Seconds between two lines about steps; what happens in between is in the totals."""
+"""Seconds between two lines about steps, at least; what happens in between is in the totals."""
 
 
 @dataclass
@@ -72,6 +72,9 @@ class Reporter:
         self._log = log
         self._interval = interval
         self._last = -interval
+        self._lock = threading.Lock()
+        self._held: str | None = None
+        self._timer: threading.Timer | None = None
         self.totals = Totals()
         self._pending: queue.SimpleQueue = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -99,22 +102,36 @@ class Reporter:
             self.tell(step, int(host))
 
     def tell(self, step: Step, visited: int) -> None:
-        """Add a step to the totals, and log it unless a line was logged a moment ago."""
+        """Add a step to the totals, and log it: at once, or, of several within a moment, the last one after it."""
         causal = step.causal_pairs * step.heads
         totals = self.totals
         totals.steps += 1
         totals.tokens += sum(step.query_lens)
         totals.visited += visited
         totals.causal += causal
-        now = time.monotonic()
-        if now - self._last < self._interval:
-            return
-        self._last = now
-        self._log(
+        line = (
             f"s2o: prefill query={_numbers(step.query_lens)} seq={_numbers(step.seq_lens)} "
             f"density={visited / causal if causal else 1.0:.3f} sparse_layers={step.sparse}/{step.num_layers} | "
             f"total steps={totals.steps} tokens={totals.tokens} density={totals.density:.3f}"
         )
+        with self._lock:
+            self._held = line
+            wait = self._last + self._interval - time.monotonic()
+            if wait > 0 and self._timer is None:
+                self._timer = threading.Timer(wait, self._flush)
+                self._timer.daemon = True
+                self._timer.start()
+        if wait <= 0:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Log the line that is held, if it has not been logged yet."""
+        with self._lock:
+            line, self._held, self._timer = self._held, None, None
+            if line is not None:
+                self._last = time.monotonic()
+        if line is not None:
+            self._log(line)
 
 
 class Prefill(NamedTuple):

@@ -7,6 +7,8 @@ from cases import DEVICE, LAYOUTS, make_case
 from vllm_s2o.attention import stages, to_device
 from vllm_s2o.config import S2OParams
 from vllm_s2o.kernels import naive
+from vllm_s2o.kernels.rank import SORT_BLOCK
+from vllm_s2o.kernels.tables import MAX_SCORED_TOGETHER
 from vllm_s2o.plan import Segment, make_plan
 
 IMPLEMENTATIONS = ["triton"] if DEVICE.type == "cuda" else ["cpu", "triton"]
@@ -79,6 +81,30 @@ def test_ranking(implementation, shape, heads):
             assert ((classes[1:] >= classes[:-1]).float().mean() > 0.95) or len(a) < 64
             # Rounding may move a key across a class border, rarely.
             assert (a != b).float().mean() < 0.05 or len(a) < 64
+
+
+def assert_same_rankings(case, wave, classes=32):
+    """Each history ranked as the oracle ranks it, up to keys that rounding moves across a class border."""
+    theirs = rank(naive, case, wave, classes)
+    for implementation in IMPLEMENTATIONS:
+        ours = rank(stages(implementation, DEVICE), case, wave, classes)
+        for segment in wave.segments.tolist():
+            for kv_head in range(case.key_cache.shape[2]):
+                a, b = (naive.ranking_of(x, segment, kv_head) for x in (theirs, ours))
+                assert torch.equal(a.sort().values, b.sort().values)
+                assert (a != b).sum() <= 0.01 * len(a)
+
+
+def test_ranking_of_histories_longer_than_a_sort_block():
+    length = 2 * SORT_BLOCK + 700
+    case = make_case([100], [length], num_heads=2, num_kv_heads=1, head_size=16)
+    assert_same_rankings(case, one_wave(case))
+
+
+def test_ranking_of_more_segments_than_are_scored_together():
+    count = MAX_SCORED_TOGETHER + 9
+    case = make_case([count * 16], [count * 16], num_heads=1, num_kv_heads=1, head_size=16)
+    assert_same_rankings(case, one_wave(case, segment_len=16, tile_size=16))
 
 
 @pytest.mark.parametrize("implementation", ["naive", *IMPLEMENTATIONS])
