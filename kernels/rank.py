@@ -24,8 +24,10 @@ SCORE_KEYS = 128
 """Keys scored by one program."""
 SORT_BLOCK = 2048
 """Keys counted by one program."""
-SORT_CHUNK = 128
-"""Keys placed at a time: a table of SORT_CHUNK x num_classes lives in registers."""
+COUNT_CHUNK = 128
+"""Keys counted at a time: a table of COUNT_CHUNK x num_classes lives in registers."""
+PLACE_CHUNK = 32
+"""Keys placed at a time, by one warp: the running counts then never leave it."""
 
 _BOUND = tl.constexpr(naive.SCORE_BOUND)
 
@@ -136,7 +138,7 @@ def _classify(
     per_class = CLASSES / ((ABOVE + BELOW) * tl.maximum(deviation, 1e-20))
 
     counts = tl.zeros([CLASSES], tl.int32)
-    for start in range(0, BLOCK, CHUNK):
+    for start in range(0, tl.minimum(BLOCK, history - block * BLOCK), CHUNK):
         key = block * BLOCK + start + tl.arange(0, CHUNK)
         score = tl.load(Scores + begin + key, mask=key < history, other=0)
         # The class replaces the score: it is computed once, so that the count and the placement agree.
@@ -173,7 +175,7 @@ def _scatter(
         earlier += tl.sum(tl.where((b < block)[:, None], counts, 0), 0)
     place = tl.cumsum(total, 0) - total + earlier
 
-    for start in range(0, BLOCK, CHUNK):
+    for start in range(0, tl.minimum(BLOCK, history - block * BLOCK), CHUNK):
         key = block * BLOCK + start + tl.arange(0, CHUNK)
         cls = tl.load(Scores + begin + key, mask=key < history, other=0).to(tl.int32)
         hit = ((cls[:, None] == classes[None, :]) & (key < history)[:, None]).to(tl.int32)
@@ -251,14 +253,14 @@ def rank_keys(
     moments = torch.empty(count, num_kv_heads, num_blocks, 3, dtype=torch.float32, device=query.device)
     counts = torch.empty(count, num_kv_heads, num_blocks, num_classes, dtype=torch.int32, device=query.device)
     _moments[grid](segments, scores, moments, num_kv_heads, num_blocks, BLOCK=SORT_BLOCK)
-    sort = dict(BLOCK=SORT_BLOCK, CHUNK=SORT_CHUNK, CLASSES=num_classes)
+    sort = dict(BLOCK=SORT_BLOCK, CLASSES=num_classes)
     _classify[grid](
-        segments, scores, moments, counts, num_kv_heads, num_blocks, ROWS=64,
+        segments, scores, moments, counts, num_kv_heads, num_blocks, ROWS=64, CHUNK=COUNT_CHUNK,
         ABOVE=naive.CLASSES_ABOVE, BELOW=naive.CLASSES_BELOW, **sort,
     )  # fmt: skip
     _scatter[grid](
         segments, scores, counts, block_table, slots, num_kv_heads, num_blocks, block_table.stride(0),
-        PAGE=block_size, ROWS=16, **sort,
+        PAGE=block_size, ROWS=16, CHUNK=PLACE_CHUNK, num_warps=1, **sort,
     )  # fmt: skip
     return slots
 
