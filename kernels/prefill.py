@@ -124,8 +124,8 @@ def _attend(
 
 
 def launch_options(tile_size: int, head_size: int) -> dict[str, int]:
-    """Warps and pipeline stages: two warp groups where a tile's accumulator would not fit one's registers; three stages,
-    because slots and the rows that they name are loads that wait for each other, but two for the largest heads."""
+    """Warps and pipeline stages: two warp groups where a tile's accumulator would not fit one's registers; three
+    stages, because slots and the rows that they name are loads that wait for each other, two for the largest heads."""
     size = block_dim(head_size)
     return {"num_warps": 8 if tile_size * size >= 128 * 128 else 4, "num_stages": 3 if size <= 128 else 2}
 
