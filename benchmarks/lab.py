@@ -3,8 +3,8 @@
 
     python benchmarks/lab.py [--tokens 32768 131072]
 
-Llama-3.1-8B's attention (32 query heads, 8 KV heads, head size 128, bf16) on a paged cache in vLLM 0.32's layout. Checks that two
-runs give the same bits and that nothing waits for the device.
+Llama-3.1-8B's attention (32 query heads, 8 KV heads, head size 128, bf16) on a paged cache in vLLM 0.32's layout.
+Checks that two runs give the same bits and that nothing waits for the device.
 """
 
 import argparse

@@ -5,6 +5,7 @@ Written against the sources of vLLM 0.25.1, 0.32.0 and 0.33.0.
 
 import dataclasses
 import itertools
+import logging
 import os
 import re
 import sys
@@ -67,7 +68,13 @@ def s2o_member(path: str = BACKEND_PATH):
         return AttentionBackendEnum[NAME]
     if not hasattr(AttentionBackendEnum, "register"):
         return AttentionBackendEnum.CUSTOM
-    member = AttentionBackendEnum.register(NAME, path)
+    # vLLM tells of every new name, in each process and without the flag too.
+    registry = logging.getLogger("vllm.v1.attention.backends.registry")
+    disabled, registry.disabled = registry.disabled, True
+    try:
+        member = AttentionBackendEnum.register(NAME, path)
+    finally:
+        registry.disabled = disabled
     member.__reduce_ex__ = lambda protocol: (s2o_member, (path,))
     return member
 

@@ -17,7 +17,8 @@ def test_nothing_of_ours_runs_without_the_flag(dense, s2o):
     registered = {"vllm_s2o", "vllm_s2o.version", "vllm_s2o.plugin", "vllm_s2o.compat"}
     assert "vllm_s2o.compat" in imported(dense.log), "the plugin is not installed, so the test proves nothing"
     assert imported(dense.log) <= registered
-    assert "s2o: " not in dense.log
+    said = [line for line in dense.log.splitlines() if not line.startswith("import time:")]
+    assert not [line for line in said if "s2o" in line.lower()]
     # The same look at a server with the flag does see what the backend imports.
     assert imported(s2o.log) >= {"vllm_s2o.plan", "vllm_s2o.config", "vllm_s2o.settings"}
 
