@@ -77,7 +77,7 @@ def needles(options: argparse.Namespace, logs: Path) -> dict[str, Any]:
         "prefills": steps,
         "log": said,
     }
-    if options.like:
+    if options.like and "S2O" in answers:
         other = json.loads(options.like.read_text())
         same = [other["answers"]["S2O"][name] == answer for name, answer in answers["S2O"].items()]
         result["like"] = {"file": options.like.name, "same": sum(same), "of": len(same)}

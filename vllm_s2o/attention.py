@@ -180,6 +180,8 @@ def warm_up(
     from triton.runtime.errors import OutOfResources
 
     block_size, num_kv_heads, head_size = cache_shape
+    # No kernel depends on thresholds, and a list of them counts the model's heads, not this rank's.
+    params = params.model_copy(update={"threshold": 0.0})
     if params.query_order == "position":  # then no kernel depends on it
         params = params.model_copy(update={"segment_len": params.tile_size})
     length = 3 * params.segment_len

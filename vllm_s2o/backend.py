@@ -95,6 +95,8 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
         self.s2o_max_len = vllm_config.model_config.max_model_len
         self.s2o_slots = reserved_slots(vllm_config, kv_cache_spec.num_kv_heads, self.s2o)
         self.s2o_min_query = max(self.s2o.min_query_len, 1 + compat.longest_decode(vllm_config))
+        self.s2o_short = f"sequences shorter than min_seq_len={self.s2o.min_seq_len}"
+        self.s2o_few = f"fewer new tokens than min_query_len={self.s2o_min_query}, decode among them"
         self.s2o_layers = [layers[name] for name in layer_names if isinstance(layers[name].impl, S2OImpl)]
         problem = "draft model" if compat.is_draft(vllm_config) else None
         if device.type == "cuda" and problem is None and self.s2o_layers:
@@ -145,14 +147,12 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
         return new
 
     def _plan(self, common, metadata) -> Work | None:
-        short = f"sequences shorter than min_seq_len={self.s2o.min_seq_len}"
-        few = f"fewer new tokens than min_query_len={self.s2o_min_query}, decode among them"
         # Most steps end here: what a step holds at most tells enough.
         if common.max_seq_len < self.s2o.min_seq_len:
-            tell_once(short)
+            tell_once(self.s2o_short)
             return None
         if common.max_query_len < self.s2o_min_query:
-            tell_once(few)
+            tell_once(self.s2o_few)
             return None
         # A dummy batch while vLLM warms up may claim more than a block table holds.
         if common.max_seq_len > self.s2o_max_len:
@@ -168,9 +168,9 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
         sparse = []
         for row, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
             if seq_len < self.s2o.min_seq_len:
-                tell_once(short)
+                tell_once(self.s2o_short)
             elif query_len < self.s2o_min_query:
-                tell_once(few)
+                tell_once(self.s2o_few)
             else:
                 sparse.append(row)
         if not sparse:

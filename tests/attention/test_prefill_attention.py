@@ -149,7 +149,14 @@ def test_waves_change_nothing(implementation, monkeypatch):
     torch.testing.assert_close(waves, whole, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("params", [S2OParams(), S2OParams(query_order="guide", segment_len=256)], ids=["", "guide"])
+WARM = {
+    "default": S2OParams(),
+    "guide": S2OParams(query_order="guide", segment_len=256),
+    "thresholds of all ranks": S2OParams(threshold=(0.1,) * 8),
+}
+
+
+@pytest.mark.parametrize("params", WARM.values(), ids=WARM)
 def test_warm_up_runs_every_kernel(params, monkeypatch):
     """On the kernels themselves: scores of one segment and of several, and on a GPU nothing is left to compile."""
     triton = attention.stages("triton", DEVICE)
