@@ -90,7 +90,7 @@ def measure(tokens: int) -> None:
         print(
             f"  {variant}: density {density:.3f} error {error:.1e} total {total:.2f} ms ranking {ranking:.2f} ms "
             f"attend {speed:.0f} TFLOP/s on visited pairs, {fa2 / total:.2f}x FA2, {len(plan.waves)} waves, "
-            f"workspace {8 * plan.max_slots >> 20} MiB",
+            f"workspace {5 * plan.max_slots >> 20} MiB",
             flush=True,
         )
 

@@ -1,13 +1,15 @@
 """Triton: the ranking of history keys, and the optional query order. See `naive.py` for shapes and meaning.
 
-    pool      mean query of each (segment, KV head)                      one program per pair
-    score     mean queries x keys, straight from the paged cache         matrix units, 16+ segments at once
-    moments   sum and sum of squares of each block of scores
-    classify  score -> importance class, and how many of each per block  one program per (pair, block of keys)
-    scatter   slots to their place in the ranking                        the same
+    pool      mean query of each (segment, KV head)                  one program per pair
+    spread    mean and deviation of a sample of the scores           matrix units, 16+ segments at once
+    score     mean queries x keys -> importance classes, one byte    the same, straight from the paged cache
+    count     how many keys of each class each block has             one program per (pair, a few blocks)
+    offsets   where each class of each block goes in the ranking     one program per pair
+    place     slots to their place in the ranking                    one program per (pair, block)
 
 The last three are a stable counting sort: no atomics, so two runs give the same ranking, and keys of
-one class keep the order of their positions, which the gather of the second pass likes.
+one class keep the order of their positions, which the gather of the second pass likes. A score is computed once
+and never stored: of each key, one byte is written and read twice, and a slot is written.
 
 Sizes that change from step to step are not specialised on: a server must not compile while it serves.
 """
@@ -21,15 +23,17 @@ from .common import block_dim, dot_precision, split_slot
 from .tables import MAX_SCORED_TOGETHER
 
 SCORE_KEYS = 128
-"""Keys scored by one program."""
-SORT_BLOCK = 2048
-"""Keys counted by one program."""
-COUNT_CHUNK = 128
-"""Keys counted at a time: a table of COUNT_CHUNK x num_classes lives in registers."""
-PLACE_CHUNK = 32
-"""Keys placed at a time, by one warp: the running counts then never leave it."""
+"""Keys scored at a time."""
+SPREAD_KEYS = 1024
+"""Keys of the sample that one program takes: their partial moments are combined by whoever needs them."""
+SORT_BLOCK = 512
+"""Keys counted together, and placed together by one warp; below 2^16, which is what a running count may reach."""
+COUNTED_BLOCKS = 4
+"""Blocks that one program counts."""
 
 _BOUND = tl.constexpr(naive.SCORE_BOUND)
+_EVERY = tl.constexpr(naive.SAMPLE_EVERY)
+_FIRST = tl.constexpr(naive.SAMPLE_FIRST)
 
 
 @triton.jit
@@ -52,19 +56,81 @@ def _pool(
     tl.store(Mean + (segment * num_kv_heads + kv_head) * D + d, mean.to(Mean.dtype.element_ty), mask=d < D)
 
 
-@triton.jit(do_not_specialize=["stride_table"])
-def _score(
-    Mean, Keys, BlockTable, Segments, Groups, Scores, num_kv_heads,
+@triton.jit
+def _scores(
+    Mean, Keys, table, segment, present, key, known, kv_head, num_kv_heads,
+    stride_block, stride_token, stride_head, stride_dim,
+    PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[segments, keys] products of mean queries with the keys at some positions of their sequence."""
+    d = tl.arange(0, BLOCK_D)
+    at = Mean + (segment[:, None] * num_kv_heads + kv_head) * D + d[None, :]
+    mean = tl.load(at, mask=present[:, None] & (d < D)[None, :], other=0)
+    page = tl.load(table + key // PAGE, mask=known, other=0)
+    row = page.to(tl.int64) * stride_block + (key % PAGE) * stride_token + kv_head.to(tl.int64) * stride_head
+    mask = known[None, :] & (d < D)[:, None]
+    keys = tl.load(Keys + row[None, :] + (d * stride_dim)[:, None], mask=mask, other=0)
+    return tl.dot(mean, keys, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["stride_table", "num_parts"])
+def _spread(
+    Mean, Keys, BlockTable, Segments, Groups, Spread, num_kv_heads, num_parts,
     stride_block, stride_token, stride_head, stride_dim, stride_table,
     PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    SEGMENTS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    SEGMENTS: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores of up to SEGMENTS segments of one sequence against KEYS keys of one head."""
+    """Count, mean and sum of squared deviations of one part of the sample, for up to SEGMENTS segments."""
+    part, kv_head = tl.program_id(0), tl.program_id(1)
+    first = tl.load(Groups + tl.program_id(2) * 2)
+    count = tl.load(Groups + tl.program_id(2) * 2 + 1)
+    longest = tl.load(Segments + first * 7 + 4)
+    member = tl.arange(0, SEGMENTS)
+    segment = first + member
+    present = member < count
+    history = tl.load(Segments + segment * 7 + 4, mask=present, other=0)
+    table = BlockTable + tl.load(Segments + first * 7).to(tl.int64) * stride_table
+    n = tl.zeros([SEGMENTS], tl.float32)
+    mean = tl.zeros([SEGMENTS], tl.float32)
+    squares = tl.zeros([SEGMENTS], tl.float32)
+    for start in range(part * PART, (part + 1) * PART, KEYS):
+        key = (start + tl.arange(0, KEYS)) * _EVERY + _FIRST
+        if start * _EVERY < longest:
+            scores = _scores(
+                Mean, Keys, table, segment, present, key, key < longest, kv_head, num_kv_heads,
+                stride_block, stride_token, stride_head, stride_dim, PAGE, D, BLOCK_D, PRECISION,
+            )  # fmt: skip
+            scores = tl.where(scores == scores, scores, -_BOUND)
+            scores = tl.minimum(tl.maximum(scores, -_BOUND), _BOUND)
+            visible = key[None, :] < history[:, None]
+            # Each block around its own mean, then joined: one sum of squares would drown in a large common offset.
+            n_here = tl.sum(visible.to(tl.float32), 1)
+            mean_here = tl.sum(tl.where(visible, scores, 0.0), 1) / tl.maximum(n_here, 1)
+            apart = tl.where(visible, scores - mean_here[:, None], 0.0)
+            both = tl.maximum(n + n_here, 1)
+            step = mean_here - mean
+            squares += tl.sum(apart * apart, 1) + step * step * (n * n_here / both)
+            mean += step * (n_here / both)
+            n += n_here
+    at = Spread + ((segment * num_kv_heads + kv_head) * num_parts + part) * 3
+    tl.store(at, n, mask=present)
+    tl.store(at + 1, mean, mask=present)
+    tl.store(at + 2, squares, mask=present)
+
+
+@triton.jit(do_not_specialize=["stride_table", "num_parts"])
+def _score(
+    Mean, Keys, BlockTable, Segments, Groups, Spread, Classes, num_kv_heads, num_parts,
+    stride_block, stride_token, stride_head, stride_dim, stride_table,
+    PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    SEGMENTS: tl.constexpr, KEYS: tl.constexpr, CLASSES: tl.constexpr,
+    ABOVE: tl.constexpr, BELOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Importance classes of KEYS keys of one head for up to SEGMENTS segments of one sequence."""
     start = tl.program_id(0) * KEYS
     kv_head = tl.program_id(1)
     first = tl.load(Groups + tl.program_id(2) * 2)
     count = tl.load(Groups + tl.program_id(2) * 2 + 1)
-    seq = tl.load(Segments + first * 7)
     # The group's segments lie in falling order of history: the first sees every key that any sees.
     longest = tl.load(Segments + first * 7 + 4)
     if start >= longest:
@@ -74,115 +140,104 @@ def _score(
     present = member < count
     history = tl.load(Segments + segment * 7 + 4, mask=present, other=0)
     offset = tl.load(Segments + segment * 7 + 6, mask=present, other=0)
+    table = BlockTable + tl.load(Segments + first * 7).to(tl.int64) * stride_table
 
-    d = tl.arange(0, BLOCK_D)
-    at = Mean + (segment[:, None] * num_kv_heads + kv_head) * D + d[None, :]
-    mean = tl.load(at, mask=present[:, None] & (d < D)[None, :], other=0)
-    key = start + tl.arange(0, KEYS)
-    page = tl.load(BlockTable + seq.to(tl.int64) * stride_table + key // PAGE, mask=key < longest, other=0)
-    row = page.to(tl.int64) * stride_block + (key % PAGE) * stride_token + kv_head.to(tl.int64) * stride_head
-    known = (key < longest)[None, :] & (d < D)[:, None]
-    keys = tl.load(Keys + row[None, :] + (d * stride_dim)[:, None], mask=known, other=0)
-    scores = tl.dot(mean, keys, input_precision=PRECISION)
-    scores = tl.where(scores == scores, scores, -_BOUND)
-    scores = tl.minimum(tl.maximum(scores, -_BOUND), _BOUND)
-
-    begin = offset + kv_head * history
-    visible = present[:, None] & (key[None, :] < history[:, None])
-    tl.store(Scores + begin[:, None] + key[None, :], scores, mask=visible)
-
-
-@triton.jit(do_not_specialize=["num_blocks"])
-def _moments(Segments, Scores, Moments, num_kv_heads, num_blocks, BLOCK: tl.constexpr):
-    """Sum and sum of squares of one block of one ranking's scores, relative to its first score:
-    an offset that all scores share would drown their spread."""
-    block, kv_head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    history = tl.load(Segments + segment * 7 + 4)
-    begin = tl.load(Segments + segment * 7 + 6) + kv_head * history
-    key = block * BLOCK + tl.arange(0, BLOCK)
-    if block * BLOCK < history:
-        first = tl.load(Scores + begin)
-        score = tl.load(Scores + begin + key, mask=key < history, other=0)
-        score = tl.where(key < history, score - first, 0.0)
-        at = Moments + ((segment * num_kv_heads + kv_head) * num_blocks + block) * 3
-        tl.store(at, tl.sum(score, 0))
-        tl.store(at + 1, tl.sum(score * score, 0))
-        # Kept apart, because the scores are overwritten while other blocks still ask for it.
-        tl.store(at + 2, first)
-
-
-@triton.jit(do_not_specialize=["num_blocks"])
-def _classify(
-    Segments, Scores, Moments, Counts, num_kv_heads, num_blocks,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr,
-    ABOVE: tl.constexpr, BELOW: tl.constexpr,
-):  # fmt: skip
-    block, kv_head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    history = tl.load(Segments + segment * 7 + 4)
-    if block * BLOCK >= history:
-        return
-    begin = tl.load(Segments + segment * 7 + 6) + kv_head * history
-    pair = segment * num_kv_heads + kv_head
-
-    total = tl.zeros([ROWS], tl.float32)
-    squares = tl.zeros([ROWS], tl.float32)
-    used = tl.cdiv(history, BLOCK)
-    for start in range(0, used, ROWS):
-        b = start + tl.arange(0, ROWS)
-        at = Moments + (pair * num_blocks + b) * 3
-        total += tl.load(at, mask=b < used, other=0)
-        squares += tl.load(at + 1, mask=b < used, other=0)
-    mean = tl.sum(total, 0) / history
-    deviation = tl.sqrt(tl.maximum(tl.sum(squares, 0) / history - mean * mean, 0))
-    top = mean + ABOVE * deviation + tl.load(Moments + pair * num_blocks * 3 + 2)
+    n = tl.zeros([SEGMENTS], tl.float32)
+    mean = tl.zeros([SEGMENTS], tl.float32)
+    squares = tl.zeros([SEGMENTS], tl.float32)
+    for part in range(num_parts):
+        at = Spread + ((segment * num_kv_heads + kv_head) * num_parts + part) * 3
+        n_here = tl.load(at, mask=present, other=0)
+        both = tl.maximum(n + n_here, 1)
+        step = tl.load(at + 1, mask=present, other=0) - mean
+        squares += tl.load(at + 2, mask=present, other=0) + step * step * (n * n_here / both)
+        mean += step * (n_here / both)
+        n += n_here
+    deviation = tl.sqrt(squares / tl.maximum(n, 1))
+    top = mean + ABOVE * deviation
     per_class = CLASSES / ((ABOVE + BELOW) * tl.maximum(deviation, 1e-20))
 
-    counts = tl.zeros([CLASSES], tl.int32)
-    for start in range(0, tl.minimum(BLOCK, history - block * BLOCK), CHUNK):
-        key = block * BLOCK + start + tl.arange(0, CHUNK)
-        score = tl.load(Scores + begin + key, mask=key < history, other=0)
-        # The class replaces the score: it is computed once, so that the count and the placement agree.
-        cls = tl.minimum(tl.maximum((top - score) * per_class, 0), CLASSES - 1).to(tl.int32)
-        tl.store(Scores + begin + key, cls.to(tl.float32), mask=key < history)
-        hit = (cls[:, None] == tl.arange(0, CLASSES)[None, :]) & (key < history)[:, None]
-        counts += tl.sum(hit.to(tl.int32), 0)
-    tl.store(Counts + (pair * num_blocks + block) * CLASSES + tl.arange(0, CLASSES), counts)
+    key = start + tl.arange(0, KEYS)
+    scores = _scores(
+        Mean, Keys, table, segment, present, key, key < longest, kv_head, num_kv_heads,
+        stride_block, stride_token, stride_head, stride_dim, PAGE, D, BLOCK_D, PRECISION,
+    )  # fmt: skip
+    below = (top[:, None] - scores) * per_class[:, None]
+    below = tl.where(scores == scores, below, CLASSES)  # a NaN comes last
+    cls = tl.minimum(tl.maximum(below, 0), CLASSES - 1).to(tl.int32).to(tl.uint8)
+    begin = offset + kv_head * history
+    visible = present[:, None] & (key[None, :] < history[:, None])
+    tl.store(Classes + begin[:, None] + key[None, :], cls, mask=visible)
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def _count(
+    Segments, Classes, Counts, num_kv_heads, num_blocks,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, CLASSES: tl.constexpr,
+):  # fmt: skip
+    kv_head, segment = tl.program_id(1), tl.program_id(2)
+    history = tl.load(Segments + segment * 7 + 4)
+    begin = tl.multiple_of(tl.load(Segments + segment * 7 + 6) + kv_head * history, 16)
+    for i in tl.static_range(BLOCKS):
+        block = tl.program_id(0) * BLOCKS + i
+        if block * BLOCK < history:
+            key = block * BLOCK + tl.arange(0, BLOCK)
+            cls = tl.load(Classes + begin + key, mask=key < history, other=0).to(tl.int32)
+            counts = tl.histogram(cls, CLASSES)
+            # What lies beyond the end was read as class 0.
+            beyond = tl.maximum((block + 1) * BLOCK - history, 0)
+            counts -= tl.where(tl.arange(0, CLASSES) == 0, beyond, 0)
+            at = Counts + ((segment * num_kv_heads + kv_head) * num_blocks + block) * CLASSES
+            tl.store(at + tl.arange(0, CLASSES), counts)
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def _offsets(Segments, Counts, num_kv_heads, num_blocks, BLOCK: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr):
+    """Counts become places: after all better classes, and after this class of earlier blocks."""
+    kv_head, segment = tl.program_id(0), tl.program_id(1)
+    used = tl.cdiv(tl.load(Segments + segment * 7 + 4), BLOCK)
+    classes = tl.arange(0, CLASSES)
+    table = Counts + (segment * num_kv_heads + kv_head) * num_blocks * CLASSES + classes[None, :]
+    total = tl.zeros([CLASSES], tl.int32)
+    for start in range(0, used, ROWS):
+        b = start + tl.arange(0, ROWS)
+        total += tl.sum(tl.load(table + b[:, None] * CLASSES, mask=(b < used)[:, None], other=0), 0)
+    place = tl.cumsum(total, 0) - total
+    for start in range(0, used, ROWS):
+        b = start + tl.arange(0, ROWS)
+        counts = tl.load(table + b[:, None] * CLASSES, mask=(b < used)[:, None], other=0)
+        tl.store(table + b[:, None] * CLASSES, place[None, :] + tl.cumsum(counts, 0) - counts, mask=(b < used)[:, None])
+        place += tl.sum(counts, 0)
 
 
 @triton.jit(do_not_specialize=["num_blocks", "stride_table"])
-def _scatter(
-    Segments, Scores, Counts, BlockTable, Slots, num_kv_heads, num_blocks, stride_table,
-    PAGE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr,
+def _place(
+    Segments, Classes, Offsets, BlockTable, Slots, num_kv_heads, num_blocks, stride_table,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     block, kv_head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     history = tl.load(Segments + segment * 7 + 4)
     if block * BLOCK >= history:
         return
-    seq = tl.load(Segments + segment * 7)
-    begin = tl.load(Segments + segment * 7 + 6) + kv_head * history
-    pair = segment * num_kv_heads + kv_head
+    table = BlockTable + tl.load(Segments + segment * 7).to(tl.int64) * stride_table
+    # A thread takes neighbouring keys, which makes the running counts below cheap.
+    begin = tl.multiple_of(tl.load(Segments + segment * 7 + 6) + kv_head * history, 16)
+    key = block * BLOCK + tl.arange(0, BLOCK)
+    known = key < history
+    cls = tl.load(Classes + begin + key, mask=known, other=0).to(tl.int32)
+    page = tl.load(table + key // PAGE, mask=known, other=0)
 
-    # Where each class of this block goes: after all better classes, and after this class of earlier blocks.
-    classes = tl.arange(0, CLASSES)
-    total = tl.zeros([CLASSES], tl.int32)
-    earlier = tl.zeros([CLASSES], tl.int32)
-    used = tl.cdiv(history, BLOCK)
-    for start in range(0, used, ROWS):
-        b = start + tl.arange(0, ROWS)
-        at = Counts + (pair * num_blocks + b)[:, None] * CLASSES + classes[None, :]
-        counts = tl.load(at, mask=(b < used)[:, None], other=0)
-        total += tl.sum(counts, 0)
-        earlier += tl.sum(tl.where((b < block)[:, None], counts, 0), 0)
-    place = tl.cumsum(total, 0) - total + earlier
-
-    for start in range(0, tl.minimum(BLOCK, history - block * BLOCK), CHUNK):
-        key = block * BLOCK + start + tl.arange(0, CHUNK)
-        cls = tl.load(Scores + begin + key, mask=key < history, other=0).to(tl.int32)
-        hit = ((cls[:, None] == classes[None, :]) & (key < history)[:, None]).to(tl.int32)
-        rank = tl.sum(hit * (tl.cumsum(hit, 0) - 1 + place[None, :]), 1)
-        page = tl.load(BlockTable + seq.to(tl.int64) * stride_table + key // PAGE, mask=key < history, other=0)
-        tl.store(Slots + begin + rank, page * PAGE + key % PAGE, mask=key < history)
-        place += tl.sum(hit, 0)
+    # The place of a key among those of its class: running counts of four classes at a time, 16 bits each.
+    shift = (cls % 4) * 16
+    unit = tl.full([BLOCK], 1, tl.int64) << shift
+    rank = tl.zeros([BLOCK], tl.int32)
+    for four in tl.static_range(CLASSES // 4):
+        mine = known & (cls // 4 == four)
+        running = tl.cumsum(tl.where(mine, unit, 0), 0)
+        rank = tl.where(mine, ((running >> shift) & 0xFFFF).to(tl.int32), rank)
+    at = Offsets + ((segment * num_kv_heads + kv_head) * num_blocks + block) * CLASSES + cls
+    place = tl.load(at, mask=known, other=0) + rank - 1
+    tl.store(Slots + begin + place, page * PAGE + key % PAGE, mask=known)
 
 
 @triton.jit
@@ -228,12 +283,12 @@ def rank_keys(
         max_history: the longest history among the segments.
         groups: [num_groups, 2] int32 on the device, from `tables.score_groups`: the segments of a group
             belong to one sequence and lie in falling order of history.
-        workspace: (slots, scores), int32 and fp32 of at least num_slots each; allocated when None.
+        workspace: (slots, classes), int32 and uint8 of at least num_slots each; allocated when None.
     """
     block_size, num_kv_heads, head_size = key_cache.shape[1:]
     if workspace is None:
-        workspace = (query.new_empty(num_slots, dtype=torch.int32), query.new_empty(num_slots, dtype=torch.float32))
-    slots, scores = workspace
+        workspace = (query.new_empty(num_slots, dtype=torch.int32), query.new_empty(num_slots, dtype=torch.uint8))
+    slots, classes = workspace
     if not max_history:
         return slots
     count, group = len(segments), query.shape[1] // num_kv_heads
@@ -242,25 +297,31 @@ def rank_keys(
     _pool[(count, num_kv_heads)](
         query, segments, mean, num_kv_heads, query.stride(0), query.stride(1), GROUP=group, ROWS=32, **dims
     )
-    together = 16 if len(groups) == count else MAX_SCORED_TOGETHER
+    num_parts = triton.cdiv(max_history, naive.SAMPLE_EVERY * SPREAD_KEYS)
+    spread = torch.empty(count, num_kv_heads, num_parts, 3, dtype=torch.float32, device=query.device)
+    where = (*key_cache.stride(), block_table.stride(0))
+    product = dict(
+        PAGE=block_size, SEGMENTS=16 if len(groups) == count else MAX_SCORED_TOGETHER, KEYS=SCORE_KEYS,
+        PRECISION=dot_precision(query), **dims,
+    )  # fmt: skip
+    _spread[(num_parts, num_kv_heads, len(groups))](
+        mean, key_cache, block_table, segments, groups, spread, num_kv_heads, num_parts, *where,
+        PART=SPREAD_KEYS, **product,
+    )  # fmt: skip
     _score[(triton.cdiv(max_history, SCORE_KEYS), num_kv_heads, len(groups))](
-        mean, key_cache, block_table, segments, groups, scores, num_kv_heads,
-        *key_cache.stride(), block_table.stride(0),
-        PAGE=block_size, SEGMENTS=together, KEYS=SCORE_KEYS, PRECISION=dot_precision(query), **dims,
+        mean, key_cache, block_table, segments, groups, spread, classes, num_kv_heads, num_parts, *where,
+        CLASSES=num_classes, ABOVE=naive.CLASSES_ABOVE, BELOW=naive.CLASSES_BELOW, **product,
     )  # fmt: skip
     num_blocks = triton.cdiv(max_history, SORT_BLOCK)
-    grid = (num_blocks, num_kv_heads, count)
-    moments = torch.empty(count, num_kv_heads, num_blocks, 3, dtype=torch.float32, device=query.device)
     counts = torch.empty(count, num_kv_heads, num_blocks, num_classes, dtype=torch.int32, device=query.device)
-    _moments[grid](segments, scores, moments, num_kv_heads, num_blocks, BLOCK=SORT_BLOCK)
     sort = dict(BLOCK=SORT_BLOCK, CLASSES=num_classes)
-    _classify[grid](
-        segments, scores, moments, counts, num_kv_heads, num_blocks, ROWS=64, CHUNK=COUNT_CHUNK,
-        ABOVE=naive.CLASSES_ABOVE, BELOW=naive.CLASSES_BELOW, **sort,
-    )  # fmt: skip
-    _scatter[grid](
-        segments, scores, counts, block_table, slots, num_kv_heads, num_blocks, block_table.stride(0),
-        PAGE=block_size, ROWS=16, CHUNK=PLACE_CHUNK, num_warps=1, **sort,
+    _count[(triton.cdiv(num_blocks, COUNTED_BLOCKS), num_kv_heads, count)](
+        segments, classes, counts, num_kv_heads, num_blocks, BLOCKS=COUNTED_BLOCKS, **sort
+    )
+    _offsets[(num_kv_heads, count)](segments, counts, num_kv_heads, num_blocks, ROWS=32, **sort)
+    _place[(num_blocks, num_kv_heads, count)](
+        segments, classes, counts, block_table, slots, num_kv_heads, num_blocks, block_table.stride(0),
+        PAGE=block_size, num_warps=1, **sort,
     )  # fmt: skip
     return slots
 

@@ -403,7 +403,7 @@ def test_profiling_reserves_what_no_plan_exceeds(start, monkeypatch, finished):
     batch = Batch(sparse.layers[0])
     batch.attend(sparse.layers[0], None)
     (profiled,) = asked
-    assert profiled == (((sparse.builder.s2o_slots,), torch.int32), ((sparse.builder.s2o_slots,), torch.float32))
+    assert profiled == (((sparse.builder.s2o_slots,), torch.int32), ((sparse.builder.s2o_slots,), torch.uint8))
     # The longest history for each KV head, times the segments that a step's tokens can fall into.
     assert sparse.builder.s2o_slots == 1024 * tiny.NUM_KV_HEADS * (512 // 64 + 2)
     batch.attend(sparse.layers[0], sparse.builder.build(0, batch.common))

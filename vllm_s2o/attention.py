@@ -15,10 +15,10 @@ from vllm_s2o.plan import StepPlan, Wave, make_plan
 Implementation = Literal["auto", "triton", "cpu", "naive"]
 
 WORKSPACE_BYTES = 448 * 2**20
-"""Rankings and scores held at one time, at most. With the small tables beside them a step stays below 512 MiB."""
+"""Rankings and classes held at one time, at most. With the small tables beside them a step stays below 512 MiB."""
 
-MAX_SLOTS = WORKSPACE_BYTES // 8
-"""Each entry is an index (int32) and its score (fp32)."""
+MAX_SLOTS = WORKSPACE_BYTES // 5
+"""Each entry is an index (int32) and its importance class (uint8)."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -116,10 +116,10 @@ def _thresholds(values: tuple[float, ...], device: torch.device) -> torch.Tensor
 
 
 def allocate_workspace(num_slots: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(slots, scores) for waves of up to `num_slots` entries."""
+    """(slots, classes) for waves of up to `num_slots` entries."""
     return (
         torch.empty(num_slots, dtype=torch.int32, device=device),
-        torch.empty(num_slots, dtype=torch.float32, device=device),
+        torch.empty(num_slots, dtype=torch.uint8, device=device),
     )
 
 

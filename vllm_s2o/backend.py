@@ -226,7 +226,7 @@ class S2OImpl(DENSE.get_impl_cls()):
         return None
 
     def _workspace(self, num_slots: int):
-        return compat.reserve_workspace(((num_slots,), torch.int32), ((num_slots,), torch.float32))
+        return compat.reserve_workspace(((num_slots,), torch.int32), ((num_slots,), torch.uint8))
 
     def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs):
         work = getattr(attn_metadata, "s2o", None)
