@@ -29,10 +29,11 @@ NUM_GUIDE_KEYS = 256
 # and squares stay finite.
 SCORE_BOUND = 1e15
 
-# Importance classes divide the scores from this many standard deviations above the mean to this many below it.
-# An outlier, such as the first token's key, must not stretch the classes of the others; what lies above or below
-# is visited first or hardly ever, and needs no finer order.
-CLASSES_ABOVE, CLASSES_BELOW = 4.0, 1.0
+# Importance classes divide the history by the share of keys that a normal distribution has above a score, and their
+# widths grow with that share: near the front, where tiles stop, a class must hold few keys. Widths in terms of the score
+# would be stretched by outliers, such as the first token's key. The logistic function of 1.702 times a normal variable
+# stays within 1 % of its distribution.
+LOGISTIC = 1.702
 
 # Mean and deviation are those of every 16th score: they only place the borders of classes. The sample leaves out the
 # first tokens, whose keys are often unlike all others; a history is never shorter than 16.
@@ -58,13 +59,12 @@ def ranking_of(slots: torch.Tensor, segment: list[int], kv_head: int) -> torch.T
 
 
 def importance_classes(scores: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Classes of equal width around the mean of the scores, [history] in the order of positions; class 0 holds the
-    highest."""
+    """Classes of scores, [history] in the order of positions; class 0 holds the highest."""
     scores = torch.where(scores.isnan(), -SCORE_BOUND, scores).clamp(-SCORE_BOUND, SCORE_BOUND)
     sample = scores[SAMPLE_FIRST::SAMPLE_EVERY]
     mean, deviation = sample.mean(), sample.std(correction=0)
-    width = (CLASSES_ABOVE + CLASSES_BELOW) * deviation.clamp(min=1e-20) / num_classes
-    return ((mean + CLASSES_ABOVE * deviation - scores) / width).clamp(0, num_classes - 1).int()
+    above = torch.sigmoid(-LOGISTIC * (scores - mean) / deviation.clamp(min=1e-20))
+    return (num_classes * above.sqrt()).clamp(max=num_classes - 1).int()
 
 
 def rank_keys(

@@ -5,6 +5,9 @@ pass 2 walks the ranked history and gathers K and V rows straight from the paged
 stands outside the inner loop: a `for` is software-pipelined by Triton, a `while` is not.
 """
 
+import math
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -15,14 +18,44 @@ LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def _softmax_step(acc, m, l, logits, values, PRECISION: tl.constexpr):
-    """One block of the online softmax, in base 2."""
-    m_new = tl.maximum(m, tl.max(logits, 1))
+def _load_rows(head, at, d_offsets, known, inside, KNOWN: tl.constexpr, INSIDE: tl.constexpr):
+    """Rows of K or V; a mask costs time, and most loads need none."""
+    rows = head + at[:, None] + d_offsets
+    if KNOWN and INSIDE:
+        return tl.load(rows)
+    if KNOWN:
+        return tl.load(rows, mask=inside, other=0)
+    return tl.load(rows, mask=known[:, None] & inside, other=0)
+
+
+@triton.jit
+def _softmax_step(acc, m, l, logits, values, scale, PRECISION: tl.constexpr):
+    """One block of the online softmax, in base 2; `scale` is positive."""
+    m_new = tl.maximum(m, tl.max(logits, 1) * scale)
     origin = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(logits - origin[:, None])
+    p = tl.exp2(logits * scale - origin[:, None])
     keep = tl.exp2(m - origin)
     acc = tl.dot(p.to(values.dtype), values, acc * keep[:, None], input_precision=PRECISION)
     return acc, m_new, l * keep + tl.sum(p, 1)
+
+
+@triton.jit
+def _visit(
+    q, acc, m, l, k_head, v_head, ranking, start, until, k_dim, v_dim, inside, scale,
+    stride_k_block, stride_k_token, stride_v_block, stride_v_token,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, INSIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of the ranked history; WHOLE: all of its keys exist."""
+    n = start + tl.arange(0, BLOCK)
+    known = n < until
+    slot = tl.load(ranking + n) if WHOLE else tl.load(ranking + n, mask=known, other=0)
+    page, within = split_slot(slot, PAGE)
+    k = _load_rows(k_head, page * stride_k_block + within * stride_k_token, k_dim, known, inside, WHOLE, INSIDE)
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if not WHOLE:
+        logits = tl.where(known[None, :], logits, float("-inf"))
+    v = _load_rows(v_head, page * stride_v_block + within * stride_v_token, v_dim, known, inside, WHOLE, INSIDE)
+    return _softmax_step(acc, m, l, logits, v, scale, PRECISION)
 
 
 @triton.jit(do_not_specialize=["stride_table"])
@@ -31,7 +64,7 @@ def _attend(
     stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
     stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head, stride_table, scale,
     PAGE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, INTERVAL: tl.constexpr, WORST_ROW: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, INTERVAL: tl.constexpr, WORST_ROW: tl.constexpr,
     ORDERED: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head, tile = tl.program_id(0), tl.program_id(1)
@@ -55,6 +88,7 @@ def _attend(
     row = (query_row + rank).to(tl.int64)
     position = query_pos + rank
     d = tl.arange(0, BLOCK_D)
+    INSIDE: tl.constexpr = BLOCK_D == D
     inside = (d < D)[None, :]
     k_dim, v_dim = (d * stride_k_dim)[None, :], (d * stride_v_dim)[None, :]
     q = tl.load(
@@ -71,19 +105,13 @@ def _attend(
     table = BlockTable + seq.to(tl.int64) * stride_table
     for start in range(history, end, BLOCK):
         key = start + tl.arange(0, BLOCK)
-        known = (key < end)[:, None] & inside
         page = tl.load(table + key // PAGE, mask=key < end, other=0).to(tl.int64)
-        k = tl.load(
-            k_head + (page * stride_k_block + (key % PAGE) * stride_k_token)[:, None] + k_dim,
-            mask=known, other=0,
-        )  # fmt: skip
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        within = key % PAGE
+        k = _load_rows(k_head, page * stride_k_block + within * stride_k_token, k_dim, key < end, inside, False, INSIDE)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         logits = tl.where(key[None, :] <= position[:, None], logits, float("-inf"))
-        v = tl.load(
-            v_head + (page * stride_v_block + (key % PAGE) * stride_v_token)[:, None] + v_dim,
-            mask=known, other=0,
-        )  # fmt: skip
-        acc, m, l = _softmax_step(acc, m, l, logits, v, PRECISION)
+        v = _load_rows(v_head, page * stride_v_block + within * stride_v_token, v_dim, key < end, inside, False, INSIDE)
+        acc, m, l = _softmax_step(acc, m, l, logits, v, scale, PRECISION)
 
     # Pass 2: the history, most important keys first, until the tile gains nothing more.
     limit = tl.load(Segments + segment * 7 + 5)
@@ -93,23 +121,21 @@ def _attend(
     going = limit > 0
     while going:
         m_before, l_before = m, l
-        until = tl.minimum(seen + INTERVAL * BLOCK, limit)
-        for start in range(seen, until, BLOCK):
-            n = start + tl.arange(0, BLOCK)
-            page, within = split_slot(tl.load(ranking + n, mask=n < until, other=0), PAGE)
-            known = (n < until)[:, None] & inside
-            k = tl.load(
-                k_head + (page * stride_k_block + within * stride_k_token)[:, None] + k_dim, mask=known, other=0
-            )
-            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-            logits = tl.where((n < until)[None, :], logits, float("-inf"))
-            v = tl.load(
-                v_head + (page * stride_v_block + within * stride_v_token)[:, None] + v_dim, mask=known, other=0
-            )
-            acc, m, l = _softmax_step(acc, m, l, logits, v, PRECISION)
+        until = tl.minimum(seen + INTERVAL * UNIT, limit)
+        whole = seen + (until - seen) // BLOCK * BLOCK
+        for start in range(seen, whole, BLOCK):
+            acc, m, l = _visit(
+                q, acc, m, l, k_head, v_head, ranking, start, until, k_dim, v_dim, inside, scale,
+                stride_k_block, stride_k_token, stride_v_block, stride_v_token, PAGE, BLOCK, True, INSIDE, PRECISION,
+            )  # fmt: skip
+        if whole < until:
+            acc, m, l = _visit(
+                q, acc, m, l, k_head, v_head, ranking, whole, until, k_dim, v_dim, inside, scale,
+                stride_k_block, stride_k_token, stride_v_block, stride_v_token, PAGE, BLOCK, False, INSIDE, PRECISION,
+            )  # fmt: skip
         gain = 1 - l_before * tl.exp2(m_before - m) / l
         # A NaN row gains nothing, rounding must not look like a loss, and rows that pad the tile have no say.
-        gain = tl.where((gain > 0) & valid, gain, 0.0) / tl.cdiv(until - seen, BLOCK)
+        gain = tl.where((gain > 0) & valid, gain, 0.0) / tl.cdiv(until - seen, UNIT)
         judged = tl.max(gain, 0) if WORST_ROW else tl.sum(gain, 0) / rows
         seen = until
         going = (judged >= threshold) & (seen < limit)
@@ -123,32 +149,46 @@ def _attend(
     tl.store(Visited + tile * tl.num_programs(0) + head, pairs)
 
 
-def launch_options(tile_size: int, head_size: int) -> dict[str, int]:
-    """Warps and pipeline stages: two warp groups where a tile's accumulator would not fit one's registers; three
-    stages, because slots and the rows that they name are loads that wait for each other, two for the largest heads."""
+class Launch(NamedTuple):
+    """How the kernel is built; none of it changes the result but by rounding."""
+
+    block: int
+    """Keys of one product: divides the keys between two stop tests."""
+    num_warps: int
+    num_stages: int
+
+
+def launch(tile_size: int, head_size: int, interval: int) -> Launch:
+    """Two warp groups where a tile's accumulator would not fit one's registers; three stages, because slots and the
+    rows that they name are loads that wait for each other, two for the largest heads.
+
+    Args:
+        interval: keys between two stop tests.
+    """
     size = block_dim(head_size)
-    return {"num_warps": 8 if tile_size * size >= 128 * 128 else 4, "num_stages": 3 if size <= 128 else 2}
+    return Launch(math.gcd(interval, 64), 8 if tile_size * size >= 128 * 128 else 4, 3 if size <= 128 else 2)
 
 
 def attend(
     query, key_cache, value_cache, block_table, segments, tiles, slots, order, thresholds, out,
-    *, scale: float, key_block: int, stop_interval: int, stop_rule: str, tile_size: int,
+    *, scale: float, key_block: int, stop_interval: int, stop_rule: str, tile_size: int, options: Launch | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`naive.attend` on the device. Returns the visited pairs, [num_tiles, num_heads] int32.
 
-    `tile_size` is the most rows that a tile has. The last dimension of query and out must be dense.
+    `tile_size` is the most rows that a tile has. The last dimension of query and out must be dense, `scale` positive.
     """
     num_heads, head_size = query.shape[1:]
     block_size, num_kv_heads = key_cache.shape[1:3]
     visited = torch.empty(len(tiles), num_heads, dtype=torch.int32, device=query.device)
+    options = options or launch(tile_size, head_size, key_block * stop_interval)
     _attend[(num_heads, len(tiles))](
         query, key_cache, value_cache, block_table, segments, tiles, slots,
         slots if order is None else order, thresholds, out, visited,
         query.stride(0), query.stride(1), *key_cache.stride(), *value_cache.stride(),
         out.stride(0), out.stride(1), block_table.stride(0), scale * LOG2E,
         PAGE=block_size, GROUP=num_heads // num_kv_heads, D=head_size, BLOCK_D=block_dim(head_size),
-        TILE=tile_size, BLOCK=key_block, INTERVAL=stop_interval, WORST_ROW=stop_rule == "worst_row",
+        TILE=tile_size, BLOCK=options.block, UNIT=key_block, INTERVAL=stop_interval, WORST_ROW=stop_rule == "worst_row",
         ORDERED=order is not None, S=1 if order is None else order.shape[2], PRECISION=dot_precision(query),
-        **launch_options(tile_size, head_size),
+        num_warps=options.num_warps, num_stages=options.num_stages,
     )  # fmt: skip
     return visited

@@ -14,6 +14,8 @@ and never stored: of each key, one byte is written and read twice, and a slot is
 Sizes that change from step to step are not specialised on: a server must not compile while it serves.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +26,8 @@ from .tables import MAX_SCORED_TOGETHER
 
 SCORE_KEYS = 128
 """Keys scored at a time."""
+SCORE_PART = 512
+"""Keys scored by one program: what it must know of its segments it learns once."""
 SPREAD_KEYS = 1024
 """Keys of the sample that one program takes: their partial moments are combined by whoever needs them."""
 SORT_BLOCK = 512
@@ -123,17 +127,17 @@ def _score(
     Mean, Keys, BlockTable, Segments, Groups, Spread, Classes, num_kv_heads, num_parts,
     stride_block, stride_token, stride_head, stride_dim, stride_table,
     PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    SEGMENTS: tl.constexpr, KEYS: tl.constexpr, CLASSES: tl.constexpr,
-    ABOVE: tl.constexpr, BELOW: tl.constexpr, PRECISION: tl.constexpr,
+    SEGMENTS: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr, CLASSES: tl.constexpr,
+    LOGISTIC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Importance classes of KEYS keys of one head for up to SEGMENTS segments of one sequence."""
-    start = tl.program_id(0) * KEYS
+    """Importance classes of PART keys of one head for up to SEGMENTS segments of one sequence."""
+    begin_key = tl.program_id(0) * PART
     kv_head = tl.program_id(1)
     first = tl.load(Groups + tl.program_id(2) * 2)
     count = tl.load(Groups + tl.program_id(2) * 2 + 1)
     # The group's segments lie in falling order of history: the first sees every key that any sees.
     longest = tl.load(Segments + first * 7 + 4)
-    if start >= longest:
+    if begin_key >= longest:
         return
     member = tl.arange(0, SEGMENTS)
     segment = first + member
@@ -153,21 +157,23 @@ def _score(
         squares += tl.load(at + 2, mask=present, other=0) + step * step * (n * n_here / both)
         mean += step * (n_here / both)
         n += n_here
-    deviation = tl.sqrt(squares / tl.maximum(n, 1))
-    top = mean + ABOVE * deviation
-    per_class = CLASSES / ((ABOVE + BELOW) * tl.maximum(deviation, 1e-20))
+    slope = LOGISTIC / tl.maximum(tl.sqrt(squares / tl.maximum(n, 1)), 1e-20)
 
-    key = start + tl.arange(0, KEYS)
-    scores = _scores(
-        Mean, Keys, table, segment, present, key, key < longest, kv_head, num_kv_heads,
-        stride_block, stride_token, stride_head, stride_dim, PAGE, D, BLOCK_D, PRECISION,
-    )  # fmt: skip
-    below = (top[:, None] - scores) * per_class[:, None]
-    below = tl.where(scores == scores, below, CLASSES)  # a NaN comes last
-    cls = tl.minimum(tl.maximum(below, 0), CLASSES - 1).to(tl.int32).to(tl.uint8)
-    begin = offset + kv_head * history
-    visible = present[:, None] & (key[None, :] < history[:, None])
-    tl.store(Classes + begin[:, None] + key[None, :], cls, mask=visible)
+    # Segments are whole tiles, 16 rows at least: with that the compiler stores 16 classes at a time.
+    begin = tl.multiple_of(offset + kv_head * history, [16])
+    history = tl.multiple_of(history, [16])
+    for start in range(begin_key, tl.minimum(begin_key + PART, longest), KEYS):
+        key = start + tl.arange(0, KEYS)
+        scores = _scores(
+            Mean, Keys, table, segment, present, key, key < longest, kv_head, num_kv_heads,
+            stride_block, stride_token, stride_head, stride_dim, PAGE, D, BLOCK_D, PRECISION,
+        )  # fmt: skip
+        # The square root of the logistic function; a NaN comes last.
+        share = tl.rsqrt(1 + tl.exp2((scores - mean[:, None]) * slope[:, None]))
+        share = tl.where(scores == scores, share, 1.0)
+        cls = tl.minimum(share * CLASSES, CLASSES - 1).to(tl.int32).to(tl.uint8)
+        visible = present[:, None] & (key[None, :] < history[:, None])
+        tl.store(Classes + begin[:, None] + key[None, :], cls, mask=visible)
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
@@ -176,7 +182,7 @@ def _count(
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     kv_head, segment = tl.program_id(1), tl.program_id(2)
-    history = tl.load(Segments + segment * 7 + 4)
+    history = tl.multiple_of(tl.load(Segments + segment * 7 + 4), 16)
     begin = tl.multiple_of(tl.load(Segments + segment * 7 + 6) + kv_head * history, 16)
     for i in tl.static_range(BLOCKS):
         block = tl.program_id(0) * BLOCKS + i
@@ -221,6 +227,7 @@ def _place(
         return
     table = BlockTable + tl.load(Segments + segment * 7).to(tl.int64) * stride_table
     # A thread takes neighbouring keys, which makes the running counts below cheap.
+    history = tl.multiple_of(history, 16)
     begin = tl.multiple_of(tl.load(Segments + segment * 7 + 6) + kv_head * history, 16)
     key = block * BLOCK + tl.arange(0, BLOCK)
     known = key < history
@@ -275,7 +282,7 @@ def _guide(
 
 def rank_keys(
     query, key_cache, block_table, segments, num_slots: int, num_classes: int,
-    *, max_history: int, groups, workspace=None,
+    *, max_history: int, groups, workspace=None, place=_place,
 ) -> torch.Tensor:  # fmt: skip
     """`naive.rank_keys` on the device, without a host synchronisation.
 
@@ -284,6 +291,7 @@ def rank_keys(
         groups: [num_groups, 2] int32 on the device, from `tables.score_groups`: the segments of a group
             belong to one sequence and lie in falling order of history.
         workspace: (slots, classes), int32 and uint8 of at least num_slots each; allocated when None.
+        place: the kernel of the last step, where there is a better one than this file's.
     """
     block_size, num_kv_heads, head_size = key_cache.shape[1:]
     if workspace is None:
@@ -304,13 +312,14 @@ def rank_keys(
         PAGE=block_size, SEGMENTS=16 if len(groups) == count else MAX_SCORED_TOGETHER, KEYS=SCORE_KEYS,
         PRECISION=dot_precision(query), **dims,
     )  # fmt: skip
+    product["num_warps"] = product["SEGMENTS"] // 8 if product["SEGMENTS"] > 32 else 4
     _spread[(num_parts, num_kv_heads, len(groups))](
         mean, key_cache, block_table, segments, groups, spread, num_kv_heads, num_parts, *where,
         PART=SPREAD_KEYS, **product,
     )  # fmt: skip
-    _score[(triton.cdiv(max_history, SCORE_KEYS), num_kv_heads, len(groups))](
+    _score[(triton.cdiv(max_history, SCORE_PART), num_kv_heads, len(groups))](
         mean, key_cache, block_table, segments, groups, spread, classes, num_kv_heads, num_parts, *where,
-        CLASSES=num_classes, ABOVE=naive.CLASSES_ABOVE, BELOW=naive.CLASSES_BELOW, **product,
+        PART=SCORE_PART, CLASSES=num_classes, LOGISTIC=naive.LOGISTIC / math.log(2), **product,
     )  # fmt: skip
     num_blocks = triton.cdiv(max_history, SORT_BLOCK)
     counts = torch.empty(count, num_kv_heads, num_blocks, num_classes, dtype=torch.int32, device=query.device)
@@ -319,7 +328,7 @@ def rank_keys(
         segments, classes, counts, num_kv_heads, num_blocks, BLOCKS=COUNTED_BLOCKS, **sort
     )
     _offsets[(num_kv_heads, count)](segments, counts, num_kv_heads, num_blocks, ROWS=32, **sort)
-    _place[(num_blocks, num_kv_heads, count)](
+    place[(num_blocks, num_kv_heads, count)](
         segments, classes, counts, block_table, slots, num_kv_heads, num_blocks, block_table.stride(0),
         PAGE=block_size, num_warps=1, **sort,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from vllm_s2o.config import S2OParams
 from vllm_s2o.plan import StepPlan, Wave, make_plan
 
-Implementation = Literal["auto", "triton", "cpu", "naive"]
+Implementation = Literal["auto", "cuda", "triton", "cpu", "naive"]
 
 WORKSPACE_BYTES = 448 * 2**20
 """Rankings and classes held at one time, at most. With the small tables beside them a step stays below 512 MiB."""
@@ -60,7 +60,7 @@ class DevicePlan:
 def stages(implementation: Implementation, device: torch.device) -> ModuleType | SimpleNamespace:
     """rank_keys, order_queries and attend for a device ("auto") or by name."""
     if implementation == "auto":
-        implementation = "triton" if device.type == "cuda" else "cpu"
+        implementation = "cuda" if device.type == "cuda" else "cpu"
     if implementation != "triton":
         return importlib.import_module(f"vllm_s2o.kernels.{implementation}")
     rank = importlib.import_module("vllm_s2o.kernels.rank")
@@ -189,14 +189,26 @@ def warm_up(
     query = torch.zeros(length, num_heads, head_size, dtype=dtype, device=device)
     cache = torch.zeros(blocks, *cache_shape, dtype=dtype, device=device)
     block_table = torch.arange(blocks, dtype=torch.int32, device=device)[None]
-    for query_len in (params.segment_len, length):  # scores of one segment and of several are separate kernels
-        plan = to_device(plan_step([query_len], [length], params, num_kv_heads), device)
-        out = torch.empty_like(query[:query_len])
+
+    def compile_all() -> None:
+        for query_len in (params.segment_len, length):  # scores of one segment and of several are separate kernels
+            plan = to_device(plan_step([query_len], [length], params, num_kv_heads), device)
+            run(query[:query_len], cache, cache, block_table, plan, params, 1.0, torch.empty_like(query[:query_len]))
+
+    kernels = stages("auto", device)
+    try:
         try:
-            run(query[:query_len], cache, cache, block_table, plan, params, 1.0, out)
-        except OutOfResources as error:
-            sizes = f"head size {head_size} with tile_size={params.tile_size} and key_block={params.key_block}"
-            return f"{sizes} needs {error.required} of {error.name}, this GPU has {error.limit}"
+            compile_all()
+        except OutOfResources:
+            raise
+        except Exception as error:  # whatever a compiler says of kernels written for other versions of it
+            if device.type != "cuda" or not kernels.uses_gluon():
+                raise
+            kernels.give_up(f"they do not compile here ({type(error).__name__})")
+            compile_all()
+    except OutOfResources as error:
+        sizes = f"head size {head_size} with tile_size={params.tile_size} and key_block={params.key_block}"
+        return f"{sizes} needs {error.required} of {error.name}, this GPU has {error.limit}"
     return None
 
 
@@ -226,7 +238,8 @@ def prefill_attention(
         params: threshold, segment length and the rest; `threshold=0` computes dense attention.
         out: written in place where given, shaped and typed like query, its last dimension dense.
         return_stats: also return the visited and the causal pairs.
-        implementation: "auto" takes Triton on a GPU and the vectorised path on a CPU; "naive" is the oracle.
+        implementation: "auto" takes the fastest kernels on a GPU ("cuda"; "triton" are those that run everywhere, in
+            the interpreter too) and the vectorised path on a CPU; "naive" is the oracle.
 
     Returns:
         out, or (out, Stats).
@@ -237,7 +250,7 @@ def prefill_attention(
     The lengths are read on the host once to plan the step, which waits for the device; a server plans
     from lengths it already has (`plan_step`, `to_device`, `run`).
     """
-    _check(query, key_cache, value_cache, block_table, query_start_loc, seq_lens, out)
+    _check(query, key_cache, value_cache, block_table, query_start_loc, seq_lens, scale, out)
     starts, lens = query_start_loc.tolist(), seq_lens.tolist()
     query_lens = [b - a for a, b in itertools.pairwise(starts)]
     _check_lengths(starts, query_lens, lens, query.shape[0], block_table.shape[1] * key_cache.shape[1])
@@ -262,7 +275,7 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(f"prefill_attention: {message}")
 
 
-def _check(query, key_cache, value_cache, block_table, query_start_loc, seq_lens, out) -> None:
+def _check(query, key_cache, value_cache, block_table, query_start_loc, seq_lens, scale, out) -> None:
     _require(query.dim() == 3, f"query must be [num_tokens, num_heads, head_size], got {list(query.shape)}")
     _require(
         key_cache.dim() == 4 and key_cache.shape == value_cache.shape,
@@ -271,6 +284,7 @@ def _check(query, key_cache, value_cache, block_table, query_start_loc, seq_lens
     )
     num_heads, head_size = query.shape[1:]
     num_kv_heads = key_cache.shape[2]
+    _require(scale > 0, f"scale must be above 0, got {scale}")
     _require(
         head_size == key_cache.shape[3], f"head_size differs: {head_size} in query, {key_cache.shape[3]} in the caches"
     )

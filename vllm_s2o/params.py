@@ -39,7 +39,7 @@ class S2OParams(BaseModel):
     query_order: Literal["position", "guide"] = Field(
         "position", description="Order in which a segment's queries are tiled: by position, or by a guide vector."
     )
-    num_classes: Power = Field(64, description="Importance classes that the keys are ranked into.")
+    num_classes: Power = Field(32, description="Importance classes that the keys are ranked into.")
     budget: float | None = Field(
         None, gt=0, le=1, strict=True, allow_inf_nan=False,
         description="Fixed share of the history to visit, without a stop rule; for benchmarks and debugging only.",

@@ -8,7 +8,7 @@ from triton.runtime.errors import OutOfResources
 from vllm_s2o import S2OParams, attention, prefill_attention
 from vllm_s2o.kernels import naive
 
-IMPLEMENTATIONS = ["triton"] if DEVICE.type == "cuda" else ["cpu", "triton"]
+IMPLEMENTATIONS = ["triton", "cuda"] if DEVICE.type == "cuda" else ["cpu", "triton"]
 DENSE = S2OParams(threshold=0, segment_len=64, tile_size=32, key_block=16)
 SPARSE = S2OParams(threshold=0.05, segment_len=64, tile_size=32, key_block=16)
 
@@ -234,6 +234,7 @@ def bad(change, message):
         bad(lambda c: {"query": c.query[..., :32]}, "head_size differs"),
         bad(lambda c: {"query": c.query[:, :3]}, "multiple of the 2 KV heads"),
         bad(lambda c: {"query": c.query.half()}, "share one dtype"),
+        bad(lambda c: {"scale": 0.0}, "scale must be above 0"),
         bad(lambda c: {"seq_lens": c.seq_lens.long()}, "seq_lens must be int32"),
         bad(lambda c: {"block_table": c.block_table[:1]}, "block_table must be int32 [2, max_blocks]"),
         bad(lambda c: {"query_start_loc": c.query_start_loc + 1}, "must ascend from 0"),

@@ -11,7 +11,7 @@ from vllm_s2o.kernels.rank import SORT_BLOCK
 from vllm_s2o.kernels.tables import MAX_SCORED_TOGETHER
 from vllm_s2o.plan import Segment, make_plan
 
-IMPLEMENTATIONS = ["triton"] if DEVICE.type == "cuda" else ["cpu", "triton"]
+IMPLEMENTATIONS = ["triton", "cuda"] if DEVICE.type == "cuda" else ["cpu", "triton"]
 
 SHAPES = {
     "one sequence": dict(query_lens=[300], seq_lens=[300]),

@@ -1,0 +1,55 @@
+"""The stages on an NVIDIA GPU: for each, the fastest kernel that takes the problem.
+
+The Triton kernels of `rank.py` and `prefill.py` take every problem. Those written in Gluon, Triton's lower level, take
+most on the GPUs that they are made for, and give the same ranking and the same stops.
+"""
+
+import torch
+import triton
+
+from . import prefill, rank
+from .rank import order_queries
+
+try:
+    from . import hopper, vote
+except (ImportError, AttributeError) as error:  # Gluon's names move between versions of Triton
+    hopper = vote = None
+    _missing = f"Triton {triton.__version__} has another Gluon ({error})"
+else:
+    _missing = None
+
+__all__ = ["attend", "describe", "give_up", "order_queries", "rank_keys", "uses_gluon"]
+
+
+def give_up(reason: str) -> None:
+    """Use the Triton kernels alone from now on: what to do when a compiler rejects the others."""
+    global _missing
+    _missing = reason
+
+
+def uses_gluon() -> bool:
+    return _missing is None
+
+
+def describe(device: torch.device) -> str:
+    """The kernels in use, for the log."""
+    if _missing is not None:
+        return f"Triton kernels, without those in Gluon: {_missing}"
+    return "Gluon kernels" if torch.cuda.get_device_capability(device)[0] == 9 else "Triton kernels"
+
+
+def rank_keys(query, key_cache, block_table, segments, num_slots: int, num_classes: int, **sizes) -> torch.Tensor:
+    """`rank.rank_keys`."""
+    if uses_gluon() and num_classes == vote.CLASSES:
+        sizes["place"] = vote.place
+    return rank.rank_keys(query, key_cache, block_table, segments, num_slots, num_classes, **sizes)
+
+
+def attend(query, key_cache, value_cache, block_table, segments, tiles, slots, order, *args, tile_size, **rules):
+    """`prefill.attend`."""
+    kernel = prefill
+    if uses_gluon() and hopper.unsuitable(query, key_cache, value_cache, order is not None, tile_size) is None:
+        kernel = hopper
+    return kernel.attend(
+        query, key_cache, value_cache, block_table, segments, tiles, slots, order, *args, tile_size=tile_size, **rules
+    )

@@ -1,0 +1,97 @@
+"""The Gluon kernels against the Triton kernels that they stand in for: the same rankings, the same stops. They have no
+interpreter: without a GPU they are only compiled."""
+
+import pytest
+import torch
+from cases import DEVICE, error_bar, make_case
+
+from vllm_s2o import S2OParams, attention, prefill_attention
+from vllm_s2o.kernels import cuda, prefill, rank
+
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="Gluon kernels run on an NVIDIA GPU only")
+HOPPER = DEVICE.type == "cuda" and torch.cuda.get_device_capability()[0] == 9
+needs_hopper = pytest.mark.skipif(not HOPPER, reason="these kernels need a Hopper GPU")
+
+LENGTHS = dict(query_lens=[700, 1, 333, 130, 64], seq_lens=[1700, 900, 333, 2001, 64])
+RULES = {
+    "dense": dict(threshold=0.0),
+    "worst row": dict(threshold=0.01),
+    "mean row": dict(threshold=0.05, stop_rule="mean_row"),
+    "short intervals": dict(threshold=0.02, key_block=32, stop_interval=1),
+    "budget": dict(budget=0.3),
+}
+
+
+def one_wave(case, params):
+    plan = attention.plan_step(case.query_lens, case.lens, params, case.key_cache.shape[2], max_slots=2**30)
+    (wave,) = attention.to_device(plan, DEVICE).waves
+    return wave
+
+
+def ranked(module, case, wave, num_classes=32):
+    return module.rank_keys(
+        case.query, case.key_cache, case.block_table, wave.segments, wave.wave.num_slots, num_classes,
+        max_history=wave.wave.max_history, groups=wave.groups,
+    )  # fmt: skip
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("length", [100, 1700, 5000])
+def test_votes_place_as_running_counts_do(length):
+    case = make_case([length], [length], num_heads=4, num_kv_heads=2, dtype=torch.bfloat16)
+    wave = one_wave(case, S2OParams(segment_len=64, tile_size=64))
+    assert torch.equal(ranked(cuda, case, wave), ranked(rank, case, wave))
+
+
+@gpu
+@needs_hopper
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("layout", ["joined_rows", "joined_blocks", "head_major"])
+@pytest.mark.parametrize("tile", [64, 128])
+@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_stops_where_the_triton_kernel_stops(dtype, head_size, tile, layout, rule):
+    from vllm_s2o.kernels import hopper
+
+    case = make_case(**LENGTHS, num_heads=8, num_kv_heads=2, head_size=head_size, dtype=dtype, layout=layout)
+    params = S2OParams(segment_len=256, tile_size=tile, **RULES[rule])
+    wave = one_wave(case, params)
+    slots = ranked(rank, case, wave)
+    threshold = 0.0 if params.budget else params.threshold
+    assert hopper.unsuitable(case.query, case.key_cache, case.value_cache, False, tile) is None
+    results = []
+    for module in (prefill, hopper, hopper):
+        out = torch.full_like(case.query, float("nan"))
+        pairs = module.attend(
+            case.query, case.key_cache, case.value_cache, case.block_table, wave.segments, wave.tiles, slots, None,
+            torch.full((8,), threshold, device=DEVICE), out, scale=case.scale, key_block=params.key_block,
+            stop_interval=params.stop_interval, stop_rule=params.stop_rule, tile_size=tile,
+        )  # fmt: skip
+        results.append((out, pairs))
+    (expected, want), (out, pairs), again = results
+    assert torch.equal(pairs, want)
+    assert torch.equal(out, again[0]), "two runs differ"
+    exact, bar = error_bar(case)
+    if rule == "dense":
+        assert (out - exact).abs().max() <= bar
+    assert (out.float() - expected.float()).abs().max() <= bar
+
+
+@gpu
+@needs_hopper
+def test_what_does_not_suit_takes_the_triton_kernel():
+    case = make_case([300], [300], head_size=96, dtype=torch.bfloat16)
+    params = S2OParams(threshold=0.02, segment_len=128)
+    ours = prefill_attention(**case.arguments, params=params)
+    assert torch.equal(ours, prefill_attention(**case.arguments, params=params, implementation="triton"))
+
+
+def test_giving_up_leaves_the_triton_kernels(monkeypatch):
+    monkeypatch.setattr(cuda, "_missing", None)
+    assert cuda.uses_gluon()
+    cuda.give_up("they do not compile here (SomeError)")
+    assert not cuda.uses_gluon()
+    assert "without those in Gluon: they do not compile here (SomeError)" in cuda.describe(DEVICE)
+    monkeypatch.undo()
