@@ -1,12 +1,14 @@
 """One step through vLLM's own layers and builders, on the CPU: who attends which rows, and what is said of it."""
 
 import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from cases import Case, error_bar
+from vllm.compilation.backends import set_model_tag
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
@@ -64,17 +66,26 @@ def rank(monkeypatch):
 def start(models, told):
     """Layers of a model and their metadata builder, as vLLM makes them."""
 
-    def start(s2o=EXACT, *, dense=False, dtype="float32", layers=({},), num_heads=tiny.NUM_HEADS, **changes):
+    def start(
+        s2o=EXACT, *, dense=False, dtype="float32", layers=({},), num_heads=tiny.NUM_HEADS, proposed=None, **changes
+    ):
+        """A layer may have a `tag`, under which vLLM loads it, and a `mark`; `proposed` tokens come from a drafter."""
         config = tiny.vllm_config(models[dtype], None if dense else "CUSTOM", **s2o)
+        if proposed is not None:
+            config.speculative_config = tiny.speculative_config(config, proposed)
         for name, value in changes.items():
             setattr(config.scheduler_config, name, value)
         made = []
         with set_current_vllm_config(config):
             for index, special in enumerate(layers):
-                layer = Attention(
-                    num_heads, tiny.HEAD_SIZE, tiny.HEAD_SIZE**-0.5, num_kv_heads=num_heads // 2,
-                    cache_config=config.cache_config, prefix=f"model.layers.{index}.self_attn.attn", **special,
-                )  # fmt: skip
+                special = dict(special)
+                tag, mark = special.pop("tag", None), special.pop("mark", False)
+                with set_model_tag(tag) if tag else nullcontext():
+                    layer = Attention(
+                        num_heads, tiny.HEAD_SIZE, tiny.HEAD_SIZE**-0.5, num_kv_heads=num_heads // 2,
+                        cache_config=config.cache_config, prefix=f"model.layers.{index}.self_attn.attn", **special,
+                    )  # fmt: skip
+                layer.is_draft_layer = mark
                 made.append(layer)
             builder = made[0].attn_backend.get_builder_cls()(
                 made[0].get_kv_cache_spec(config), [layer.layer_name for layer in made], config, CPU
@@ -359,11 +370,51 @@ def test_longest_decode():
         assert compat.longest_decode(SimpleNamespace(speculative_config=given)) == longest
 
 
-def test_a_draft_model_stays_dense(start, told, monkeypatch):
-    monkeypatch.setattr(compat, "is_draft", lambda config: True)
-    made = start()
-    assert made.layers[0].impl.s2o_params is None
-    assert any("draft model" in line for line in told)
+DRAFTS = pytest.mark.parametrize("draft", [{"tag": "eagle_head"}, {"mark": True}], ids=["as it was loaded", "marked"])
+
+
+@DRAFTS
+def test_a_drafts_layer_stays_dense_and_is_not_counted(start, finished, told, draft):
+    """Model runner V2 has one builder for the target's layers and for a draft's, which get the target's metadata."""
+    sparse, dense = start(layers=({}, draft), proposed=3), start(dense=True, layers=({}, {}))
+    assert [layer.impl.s2o_params is None for layer in sparse.layers] == [False, True]
+    batch = Batch(sparse.layers[0])
+    metadata, without = sparse.builder.build(0, batch.common), dense.builder.build(0, batch.common)
+    batch.attend(sparse.layers[0], metadata)
+    for _ in range(2):  # a drafter may run its layers once, several times, or not at all
+        assert len(finished) == 1
+        assert batch.attend(sparse.layers[1], metadata).equal(batch.attend(dense.layers[1], without))
+    assert (finished[0].num_layers, finished[0].done, finished[0].sparse) == (1, 1, 1)
+    assert "s2o: 1 of 1 attention layers take the CPU path for long prefills" in told
+    assert "s2o: dense: draft model (layers 1)" in told
+
+
+@DRAFTS
+def test_a_draft_with_a_builder_of_its_own_has_no_plan(start, told, draft):
+    made = start(layers=(draft,), proposed=3)
+    assert getattr(made.builder.build(0, Batch(made.layers[0]).common), "s2o", None) is None
+    assert told == ["s2o: dense: draft model (layers 0)"], "the config is not the draft's"
+
+
+def test_the_target_of_a_draft_is_no_draft(start):
+    made = start(proposed=3)
+    assert made.layers[0].impl.s2o_params is not None
+
+
+def test_a_tag_alone_makes_no_draft(start):
+    """Parts of a model may be made under tags too; without a drafter they are the model's."""
+    assert start(layers=({"tag": "decoder"},)).layers[0].impl.s2o_params is not None
+
+
+def test_a_draft_reserves_nothing(start, monkeypatch):
+    asked = []
+    monkeypatch.setattr(compat, "reserve_workspace", lambda *buffers: asked.append(buffers))
+    made = start(layers=({}, {"tag": "draft_model"}), proposed=3)
+    batch = Batch(made.layers[0])
+    batch.attend(made.layers[1], None)
+    assert asked == []
+    batch.attend(made.layers[0], None)
+    assert len(asked) == 1
 
 
 def test_one_process_introduces_the_backend(start, rank, told):

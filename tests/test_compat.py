@@ -27,6 +27,7 @@ def impl(**changes) -> SimpleNamespace:
         "head_size": 256,
         "dcp_world_size": 1,
         "total_cp_world_size": 1,
+        "s2o_draft": False,
     }
     return SimpleNamespace(**plain | changes)
 
@@ -66,10 +67,12 @@ def test_plain_layers_have_no_problem(plain):
         ({"dcp_world_size": 2}, "context parallelism"),
         ({"head_size": 512}, "head size 512, above 256"),
         ({"isa": "neon"}, "unknown CPU cache layout (neon)"),
+        ({"s2o_draft": True}, "draft model"),
     ],
     ids=[
         *("window", "window-pair", "window-of-one", "alibi", "soft-cap", "sinks", "encoder", "encoder-only", "cross"),
         *("encoder-as-text", "fp8", "fp8-e5m2", "context-parallel", "decode-context-parallel", "wide-head", "neon"),
+        "draft",
     ],
 )
 def test_why_a_layer_stays_dense(changes, reason):
@@ -84,6 +87,11 @@ def test_a_layer_without_sinks_or_parallelism_may_not_know_of_them():
 
 def test_an_unknown_layout_noted_on_the_layer_is_named():
     assert compat.layer_problem(impl(), SimpleNamespace(isa="rvv")) == "unknown CPU cache layout (rvv)"
+
+
+def test_a_layer_that_vllm_marks_as_a_drafts_is_one():
+    assert compat.layer_problem(impl(), SimpleNamespace(is_draft_layer=True)) == "draft model"
+    assert compat.layer_problem(impl(), SimpleNamespace(is_draft_layer=False)) is None
 
 
 @pytest.mark.parametrize("isa", compat.CPU_LAYOUTS)

@@ -379,6 +379,10 @@ def test_a_draft_model_does_not_answer_for_the_models_overrides():
         plugin.check(given)
     given.speculative_config = SimpleNamespace(draft_model_config=given.model_config)
     plugin.check(given)
+    # vLLM notes the target's configuration as the draft's where there is no draft model, as with n-grams.
+    given.speculative_config.target_model_config = given.model_config
+    with pytest.raises(StartError, match="has layers 0 to 1"):
+        plugin.check(given)
 
 
 @pytest.mark.parametrize("program", ["/env/bin/vllm", "entrypoints/openai/api_server.py", "entrypoints/cli/main.py"])

@@ -97,34 +97,36 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
         self.s2o_min_query = max(self.s2o.min_query_len, 1 + compat.longest_decode(vllm_config))
         self.s2o_short = f"sequences shorter than min_seq_len={self.s2o.min_seq_len}"
         self.s2o_few = f"fewer new tokens than min_query_len={self.s2o_min_query}, decode among them"
-        self.s2o_layers = [layers[name] for name in layer_names if isinstance(layers[name].impl, S2OImpl)]
-        problem = "draft model" if compat.is_draft(vllm_config) else None
-        if device.type == "cuda" and problem is None and self.s2o_layers:
+        ours = [layers[name] for name in layer_names if isinstance(layers[name].impl, S2OImpl)]
+        # A draft's layers may be in the target's group. They run in steps of the drafter too, and are not counted.
+        self.s2o_layers = [layer for layer in ours if not compat.is_draft_layer(layer.impl, layer)]
+        problem = None
+        if device.type == "cuda" and self.s2o_layers:
             shape = (kv_cache_spec.block_size, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
             num_heads = self.s2o_layers[0].impl.num_heads
             problem = attention.warm_up(num_heads, shape, vllm_config.model_config.dtype, device, self.s2o.params)
         dense: dict[str, list[str]] = {}
-        for layer in self.s2o_layers:
+        for layer in ours:
             reason = layer.impl.settle(layer, self.s2o, problem)
             if reason is not None:
                 dense.setdefault(reason, []).append(str(layer_index(layer.layer_name)))
-        self.any_sparse = any(layer.impl.s2o_params is not None for layer in self.s2o_layers)
+        self.num_sparse = sum(layer.impl.s2o_params is not None for layer in self.s2o_layers)
         self._introduce(dense)
 
     def _introduce(self, dense: dict[str, list[str]]) -> None:
-        for line in self.s2o.describe():
-            say_once(line)
-        sparse = len(self.s2o_layers) - sum(map(len, dense.values()))
-        path = "Triton kernels" if self.device.type == "cuda" else "the CPU path"
-        line = f"{sparse} of {len(self.s2o_layers)} attention layers take {path} for long prefills"
-        say_once(line, logging.INFO if sparse else logging.WARNING)
+        if self.s2o_layers:  # none where a draft has a builder of its own
+            for line in self.s2o.describe():
+                say_once(line)
+            path = "Triton kernels" if self.device.type == "cuda" else "the CPU path"
+            line = f"{self.num_sparse} of {len(self.s2o_layers)} attention layers take {path} for long prefills"
+            say_once(line, logging.INFO if self.num_sparse else logging.WARNING)
         for reason, names in dense.items():
             tell_once(f"{reason} (layers {','.join(names)})")
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build: bool = False, **kwargs):
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
-        # Drafts are built fast and are short; they have no plan.
-        if self.any_sparse and not fast_build:
+        # V1 builds fast for the steps of a drafter, whose layers are all dense.
+        if self.num_sparse and not fast_build:
             metadata.s2o = self._plan(common_attn_metadata, metadata)
         return metadata
 
@@ -198,13 +200,18 @@ class S2OImpl(DENSE.get_impl_cls()):
 
     s2o_params: S2OParams | None = None
     """What this layer runs with; None: it stays dense. Known once the metadata builder has seen the layer."""
+    s2o_draft: bool
+    """Whether this was made for a draft model; `compat.is_draft_layer` asks vLLM's mark too."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         from vllm.config import get_current_vllm_config
 
         vllm_config = get_current_vllm_config()
-        self._s2o_slots = reserved_slots(vllm_config, self.num_kv_heads, resolve(vllm_config))
+        self.s2o_draft = compat.loads_draft(vllm_config)
+        self._s2o_slots = 0
+        if not self.s2o_draft:
+            self._s2o_slots = reserved_slots(vllm_config, self.num_kv_heads, resolve(vllm_config))
 
     def settle(self, layer, config: ResolvedConfig, problem: str | None = None) -> str | None:
         """Choose this layer's path. Returns the reason when it stays dense; `problem` is one that all layers have."""
@@ -231,13 +238,13 @@ class S2OImpl(DENSE.get_impl_cls()):
     def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs):
         work = getattr(attn_metadata, "s2o", None)
         if work is None:
-            if attn_metadata is None:  # memory profiling: what a long prefill will need
+            if attn_metadata is None and self._s2o_slots:  # memory profiling: what a long prefill will need
                 self._workspace(self._s2o_slots)
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         params = self.s2o_params
         if params is None:
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
-            if work.step.dense_layer():
+            if not compat.is_draft_layer(self, layer) and work.step.dense_layer():
                 report(work.step)
             return output
         for run in work.dense:
