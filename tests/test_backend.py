@@ -444,6 +444,12 @@ def test_the_backend_is_the_dense_one_in_all_else():
     assert S2OBackend.get_builder_cls()._cudagraph_support is compat.cudagraph_support(DENSE.get_builder_cls())
 
 
+def test_batch_invariance_is_not_inherited(monkeypatch):
+    """FLASH_ATTN claims it."""
+    monkeypatch.setattr(DENSE, "supports_batch_invariance", classmethod(lambda cls: True))
+    assert not S2OBackend.supports_batch_invariance()
+
+
 # -- the workspace ----------------------------------------------------------------------------------------------------
 
 

@@ -274,6 +274,11 @@ class S2OBackend(DENSE):
         """Steps are planned from the lengths that the host knows."""
         return False
 
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """A segment that is cut into chunks is ranked once for each of them, from fewer queries."""
+        return False
+
     @staticmethod
     def get_impl_cls() -> type[S2OImpl]:
         return S2OImpl

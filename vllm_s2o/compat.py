@@ -142,6 +142,13 @@ def install_hooks(on_config: Callable[[Any], None]) -> None:
         platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
 
 
+def batch_invariant() -> bool:
+    """Whether the user asks for answers that do not depend on what else is in a step."""
+    from vllm import envs
+
+    return envs.VLLM_BATCH_INVARIANT
+
+
 class StartError(RuntimeError):
     """A configuration that cannot be served, in one sentence. No ValueError: pydantic would wrap that."""
 
