@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 
 from vllm_s2o import S2OParams, attention, backend, compat, plugin, prefill_attention
 from vllm_s2o.backend import S2OBackend, layer_index, tell_once
+from vllm_s2o.kernels import tables
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="these batches are small enough for a CPU only")
 
@@ -275,6 +276,40 @@ def test_graphs_and_drafts_have_no_plan(start):
     assert sparse.builder.build_for_cudagraph_capture(batch.common).s2o is None
     assert getattr(sparse.builder.build(0, batch.common, True), "s2o", None) is None
     assert getattr(sparse.builder.build_for_drafting(batch.common, 0), "s2o", None) is None
+
+
+@pytest.mark.parametrize("budget", [None, 0.5], ids=["stop rule", "budget"])
+def test_layers_find_their_thresholds_on_the_device(start, finished, monkeypatch, budget):
+    """A copy from the host would make the first layer that needs it wait for the device."""
+    one_head = {"layers": 1, "heads": 2, "threshold": 0.25}
+    sparse = start({**SHORT, "threshold": 0.125, "budget": budget, "layers": [one_head]}, layers=({}, {}))
+    batch = Batch(sparse.layers[0])
+    metadata = sparse.builder.build(0, batch.common)
+    own = list(metadata.s2o.thresholds.values())
+    assert own[0].tolist() == ([0.125] * 4 if budget is None else [0.0] * 4)
+    assert own[1].tolist() == ([0.125, 0.125, 0.25, 0.125] if budget is None else [0.0] * 4)
+    given = []
+    stages = attention.stages("cpu", CPU)
+
+    def attend(*arguments, **options):
+        given.append(arguments[8])
+        return stages.attend(*arguments, **options)
+
+    parts = SimpleNamespace(rank_keys=stages.rank_keys, order_queries=stages.order_queries, attend=attend)
+    monkeypatch.setattr(attention, "stages", lambda *_: parts)
+    monkeypatch.setattr(tables, "as_table", lambda *_: pytest.fail("a copy from the host"))
+    for layer in sparse.layers:
+        batch.attend(layer, metadata)
+    assert given[0] is own[0]
+    assert given[-1] is own[1]
+
+
+def test_thresholds_lie_where_kernels_were_compiled_for():
+    """Triton compiles anew for an address that is no multiple of 16 bytes: warm-up would be in vain."""
+    params = [S2OParams(threshold=value) for value in (0.25, (0.5,) * 9, 0.125)]
+    rows = attention.device_thresholds(list(zip(params, (9, 9, 3), strict=True)), CPU)
+    assert [row.tolist() for row in rows] == [[0.25] * 9, [0.5] * 9, [0.125] * 3]
+    assert {(row.data_ptr() - rows[0].data_ptr()) % 16 for row in rows} == {0}
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------

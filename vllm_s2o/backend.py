@@ -76,6 +76,8 @@ class Work:
     the metadata to another cache group with a block table of its own."""
 
     plan: attention.DevicePlan
+    thresholds: dict[str, torch.Tensor]
+    """By the name of a layer, for those that are sparse."""
     dense: tuple[DenseRun, ...]
     step: stats.Step
 
@@ -139,13 +141,13 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
         update = super().update_block_table
         new = update(metadata, blk_table, slot_mapping)
         work = getattr(metadata, "s2o", None)
-        if work is not None:
+        if work is not None and self.num_sparse:
             dense = tuple(
                 dataclasses.replace(run, metadata=update(run.metadata, blk_table[run.rows], slot_mapping[run.tokens]))
                 for run in work.dense
             )
             step = dataclasses.replace(work.step, done=0, sparse=0, heads=0, visited=None)
-            new.s2o = dataclasses.replace(work, dense=dense, step=step)
+            new.s2o = dataclasses.replace(work, thresholds=self._thresholds(), dense=dense, step=step)
         return new
 
     def _plan(self, common, metadata) -> Work | None:
@@ -192,7 +194,14 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
             sum(plan.causal_pairs),
             len(self.s2o_layers),
         )
-        return Work(attention.to_device(plan, self.device), tuple(dense), step)
+        return Work(attention.to_device(plan, self.device), self._thresholds(), tuple(dense), step)
+
+    def _thresholds(self) -> dict[str, torch.Tensor]:
+        """Copied before the layers run, so that none of them does."""
+        sparse = [layer for layer in self.s2o_layers if layer.impl.s2o_params is not None]
+        rows = [(layer.impl.s2o_params, layer.impl.num_heads) for layer in sparse]
+        names = [layer.layer_name for layer in sparse]
+        return dict(zip(names, attention.device_thresholds(rows, self.device), strict=True))
 
 
 class S2OImpl(DENSE.get_impl_cls()):
@@ -255,7 +264,7 @@ class S2OImpl(DENSE.get_impl_cls()):
         key_cache, value_cache, block_table = compat.caches(layer, self, kv_cache, attn_metadata.block_table)
         visited = attention.run(
             query, key_cache, value_cache, block_table, work.plan, params, self.scale, output,
-            workspace=self._workspace(work.plan.max_slots),
+            thresholds=work.thresholds.get(layer.layer_name), workspace=self._workspace(work.plan.max_slots),
         )  # fmt: skip
         if work.step.sparse_layer(visited):
             report(work.step)
