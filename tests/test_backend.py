@@ -23,6 +23,7 @@ CPU = torch.device("cpu")
 DENSE = compat.dense_backend()
 SHORT = {"segment_len": 64, "tile_size": 32, "key_block": 16, "min_seq_len": 128, "min_query_len": 32}
 EXACT = {**SHORT, "threshold": 0.0}
+ALL_DENSE = {**EXACT, "layers": [{"layers": 0, "threshold": "dense"}]}
 
 # A decode, a short prefill, the last 200 tokens of a long prompt, another decode, and a whole long prompt.
 QUERY_LENS, SEQ_LENS = [1, 20, 200, 1, 150], [300, 20, 500, 40, 150]
@@ -341,7 +342,7 @@ def test_layers_that_the_config_keeps_dense(start, told):
 
 
 def test_a_model_of_dense_layers_has_no_plan(start, finished):
-    sparse = start({**EXACT, "layers": [{"layers": 0, "threshold": "dense"}]})
+    sparse = start(ALL_DENSE)
     batch = Batch(sparse.layers[0])
     metadata = sparse.builder.build(0, batch.common)
     assert getattr(metadata, "s2o", None) is None
@@ -463,9 +464,9 @@ def test_one_process_introduces_the_backend(start, rank, told):
 
 def test_the_backend_is_introduced_once(start, told):
     """vLLM makes builders for profiling, for capture, and for each cache group."""
-    start({**EXACT, "layers": [{"layers": 0, "threshold": "dense"}]})
+    start(ALL_DENSE)
     lines = list(told)
-    start({**EXACT, "layers": [{"layers": 0, "threshold": "dense"}]})
+    start(ALL_DENSE)
     assert told == lines
     assert len(lines) == len(set(lines)) >= 4
 
@@ -588,6 +589,44 @@ def test_another_group_has_the_plan_and_counters_of_its_own(start, finished, oth
     assert (out - exact).abs().max() <= bar
     assert not torch.allclose(out, batch_out, atol=0.1)
     assert finished == [metadata.s2o.step, new.s2o.step]
+
+
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 1)], ids=["a larger group", "a smaller group"])
+def test_another_group_counts_its_own_layers(start, finished, other_group, sizes):
+    groups = [start(layers=({},) * size) for size in sizes]
+    batch = Batch(groups[0].layers[0])
+    metadata = groups[0].builder.build(0, batch.common)
+    steps = [metadata, groups[1].builder.update_block_table(metadata, batch.table.clone(), batch.slots)]
+    for group, own in zip(groups, steps, strict=True):
+        assert set(own.s2o.thresholds) == {layer.layer_name for layer in group.layers}
+        for layer in group.layers:
+            assert own.s2o.step not in finished
+            batch.attend(layer, own)
+    assert [(step.num_layers, step.sparse) for step in finished] == [(size, size) for size in sizes]
+
+
+def test_another_group_plans_where_the_first_is_all_dense(start, finished, other_group):
+    first, second = start(ALL_DENSE), start()
+    batch, other = Batch(first.layers[0], seed=1), Batch(second.layers[0], seed=2)
+    metadata = first.builder.build(0, batch.common)
+    new = second.builder.update_block_table(metadata, other.table, other.slots)
+    assert new.s2o.plan.plan.seqs == tuple(LONG)
+    exact, bar = error_bar(other.case(second.layers[0], range(len(QUERY_LENS))))
+    assert (other.attend(second.layers[0], new) - exact).abs().max() <= bar
+    assert finished == [new.s2o.step]
+    # A graph must hold no plan, in whichever group.
+    captured = first.builder.build_for_cudagraph_capture(batch.common)
+    assert second.builder.update_block_table(captured, other.table, other.slots).s2o is None
+
+
+def test_another_group_that_is_all_dense_has_no_plan(start, finished, other_group):
+    first, second = start(), start(ALL_DENSE)
+    batch = Batch(first.layers[0])
+    metadata = first.builder.build(0, batch.common)
+    new = second.builder.update_block_table(metadata, batch.table.clone(), batch.slots)
+    assert new.s2o is None
+    assert batch.attend(second.layers[0], new).isfinite().all()
+    assert finished == []
 
 
 def test_another_group_of_a_dense_step_is_dense(start, other_group):

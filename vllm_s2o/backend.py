@@ -127,27 +127,38 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build: bool = False, **kwargs):
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
-        # V1 builds fast for the steps of a drafter, whose layers are all dense.
-        if self.num_sparse and not fast_build:
+        if fast_build:  # V1, for the steps of a drafter, whose layers are all dense
+            return metadata
+        if self.num_sparse:
             metadata.s2o = self._plan(common_attn_metadata, metadata)
+        else:
+            metadata.s2o_common = common_attn_metadata  # another group may have to plan, from a copy of this
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata, *args, **kwargs):
         metadata = super().build_for_cudagraph_capture(common_attn_metadata, *args, **kwargs)
-        metadata.s2o = None  # a graph must not hold a plan, whatever the lengths of a dummy batch are
+        metadata.s2o = metadata.s2o_common = None  # no graph holds a plan, whatever the lengths of a dummy batch are
         return metadata
 
     def update_block_table(self, metadata, blk_table, slot_mapping):
         update = super().update_block_table
         new = update(metadata, blk_table, slot_mapping)
-        work = getattr(metadata, "s2o", None)
-        if work is not None and self.num_sparse:
+        new.s2o = None
+        if not self.num_sparse:
+            return new
+        work, common = getattr(metadata, "s2o", None), getattr(metadata, "s2o_common", None)
+        if work is not None:
             dense = tuple(
                 dataclasses.replace(run, metadata=update(run.metadata, blk_table[run.rows], slot_mapping[run.tokens]))
                 for run in work.dense
             )
-            step = dataclasses.replace(work.step, done=0, sparse=0, heads=0, visited=None)
+            step = dataclasses.replace(
+                work.step, num_layers=len(self.s2o_layers), done=0, sparse=0, heads=0, visited=None
+            )
             new.s2o = dataclasses.replace(work, thresholds=self._thresholds(), dense=dense, step=step)
+        elif common is not None:  # the group that the metadata was built for is all dense
+            own = dataclasses.replace(common, block_table_tensor=blk_table, slot_mapping=slot_mapping)
+            new.s2o = self._plan(own, new)
         return new
 
     def _plan(self, common, metadata) -> Work | None:
