@@ -71,7 +71,7 @@ def start(models, told):
     def start(
         s2o=EXACT, *, dense=False, dtype="float32", layers=({},), num_heads=tiny.NUM_HEADS, proposed=None, **changes
     ):
-        """A layer may have a `tag`, under which vLLM loads it, and a `mark`; `proposed` tokens come from a drafter."""
+        """A layer may have a `name`, a `tag` under which vLLM loads it, and a `mark`; drafts are `proposed` tokens."""
         config = tiny.vllm_config(models[dtype], None if dense else "CUSTOM", **s2o)
         if proposed is not None:
             config.speculative_config = tiny.speculative_config(config, proposed)
@@ -81,11 +81,12 @@ def start(models, told):
         with set_current_vllm_config(config):
             for index, special in enumerate(layers):
                 special = dict(special)
+                name = special.pop("name", f"model.layers.{index}.self_attn.attn")
                 tag, mark = special.pop("tag", None), special.pop("mark", False)
                 with set_model_tag(tag) if tag else nullcontext():
                     layer = Attention(
                         num_heads, tiny.HEAD_SIZE, tiny.HEAD_SIZE**-0.5, num_kv_heads=num_heads // 2,
-                        cache_config=config.cache_config, prefix=f"model.layers.{index}.self_attn.attn", **special,
+                        cache_config=config.cache_config, prefix=name, **special,
                     )  # fmt: skip
                 layer.is_draft_layer = mark
                 made.append(layer)
@@ -339,6 +340,27 @@ def test_layers_that_the_config_keeps_dense(start, told):
     assert params[:2] == [None, None]
     assert params[2].threshold == 0.25
     assert "s2o: dense: the config says so (layers 0,1)" in told
+
+
+NAMELESS = {"name": "model.blocks.1.part.2.attn"}
+
+
+def test_a_layer_without_a_number_cannot_be_overridden(start, told):
+    """It might be the one that the config keeps dense."""
+    sparse = start({**EXACT, "layers": [{"layers": 1, "threshold": "dense"}]}, layers=({}, NAMELESS))
+    assert [layer.impl.s2o_params is None for layer in sparse.layers] == [False, True]
+    reason = "the config has settings for single layers, and the name does not say which layer this is"
+    assert f"s2o: dense: {reason} (layers model.blocks.1.part.2.attn)" in told
+
+
+def test_a_layer_without_a_number_runs_as_all_layers_do(start, told):
+    sparse = start({**SHORT, "threshold": 0.25}, layers=(NAMELESS,))
+    assert sparse.layers[0].impl.s2o_params.threshold == 0.25
+
+
+def test_the_log_calls_a_layer_without_a_number_by_its_name(start, told):
+    start(layers=({"per_layer_sliding_window": 64}, NAMELESS | {"per_layer_sliding_window": 64}))
+    assert "s2o: dense: sliding window (layers 0,model.blocks.1.part.2.attn)" in told
 
 
 def test_a_model_of_dense_layers_has_no_plan(start, finished):

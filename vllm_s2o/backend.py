@@ -50,6 +50,12 @@ def layer_index(layer_name: str) -> int | None:
     return int(numbers[0]) if len(numbers) == 1 else None
 
 
+def short_name(layer_name: str) -> str:
+    """What the log calls a layer: its number, or all that is known of it."""
+    index = layer_index(layer_name)
+    return layer_name if index is None else str(index)
+
+
 def reserved_slots(vllm_config, num_kv_heads: int, config: ResolvedConfig) -> int:
     """Index entries that the workspace holds: what profiling reserves and no plan exceeds."""
     return workspace_slots(
@@ -111,7 +117,7 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
         for layer in ours:
             reason = layer.impl.settle(layer, self.s2o, problem)
             if reason is not None:
-                dense.setdefault(reason, []).append(str(layer_index(layer.layer_name)))
+                dense.setdefault(reason, []).append(short_name(layer.layer_name))
         self.num_sparse = sum(layer.impl.s2o_params is not None for layer in self.s2o_layers)
         self._introduce(dense)
 
@@ -240,6 +246,8 @@ class S2OImpl(DENSE.get_impl_cls()):
         if reason is not None:
             return reason
         index = layer_index(layer.layer_name)
+        if index is None and config.file.layers:  # one of them may be meant for this layer
+            return "the config has settings for single layers, and the name does not say which layer this is"
         params = config.params if index is None else config.layer(index)
         if params is None:
             return "the config says so"
