@@ -251,13 +251,31 @@ def test_a_step_without_long_rows_is_left_to_the_dense_backend(start, finished):
     assert finished == []
 
 
-def test_a_dummy_batch_longer_than_any_sequence_has_no_plan(start):
-    """vLLM warms up with lengths that no block table holds."""
+@pytest.mark.parametrize(
+    ("query_lens", "seq_lens", "long"),
+    [
+        pytest.param([200], [1024], [0], id="as-long-as-can-be"),
+        pytest.param([200], [1025], None, id="too-long"),
+        pytest.param([200, 200], [1025, 300], [1], id="one-of-two"),
+    ],
+)
+def test_rows_longer_than_a_block_table_are_left_out(start, told, query_lens, seq_lens, long):
+    """vLLM warms up with such lengths. They say nothing of the step's other rows."""
     sparse = start()
-    batch = Batch(sparse.layers[0], query_lens=[200], seq_lens=[1024])
-    assert sparse.builder.build(0, batch.common).s2o is not None
-    batch = Batch(sparse.layers[0], query_lens=[200], seq_lens=[1025])
-    assert sparse.builder.build(0, batch.common).s2o is None
+    batch = Batch(sparse.layers[0], query_lens=query_lens, seq_lens=seq_lens)
+    told.clear()
+    work = sparse.builder.build(0, batch.common).s2o
+    assert (list(work.plan.plan.seqs) if work else None) == long
+    reason = "s2o: dense: sequences longer than max_model_len=1024, as in vLLM's warm-up"
+    assert told == ([reason] if seq_lens[0] > 1024 else [])
+
+
+def test_a_decode_beyond_the_limit_leaves_a_prefill_alone(start, told):
+    """Its length may be an upper bound that counts proposed tokens."""
+    sparse = start()
+    batch = Batch(sparse.layers[0], query_lens=[1, 200], seq_lens=[1026, 300])
+    assert sparse.builder.build(0, batch.common).s2o.plan.plan.seqs == (1,)
+    assert not any("max_model_len" in line for line in told)
 
 
 def test_keys_and_values_may_have_been_written_before(start, finished):

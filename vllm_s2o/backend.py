@@ -105,6 +105,8 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
         self.s2o_min_query = max(self.s2o.min_query_len, 1 + compat.longest_decode(vllm_config))
         self.s2o_short = f"sequences shorter than min_seq_len={self.s2o.min_seq_len}"
         self.s2o_few = f"fewer new tokens than min_query_len={self.s2o_min_query}, decode among them"
+        # A block table ends there: only a dummy batch, while vLLM warms up, should claim more.
+        self.s2o_beyond = f"sequences longer than max_model_len={self.s2o_max_len}, as in vLLM's warm-up"
         ours = [layers[name] for name in layer_names if isinstance(layers[name].impl, S2OImpl)]
         # A draft's layers may be in the target's group. They run in steps of the drafter too, and are not counted.
         self.s2o_layers = [layer for layer in ours if not compat.is_draft_layer(layer.impl, layer)]
@@ -175,9 +177,6 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
         if common.max_query_len < self.s2o_min_query:
             tell_once(self.s2o_few)
             return None
-        # A dummy batch while vLLM warms up may claim more than a block table holds.
-        if common.max_seq_len > self.s2o_max_len:
-            return None
         reason = compat.step_problem(common, metadata)
         lengths = compat.host_lengths(common)
         if lengths is None:
@@ -192,6 +191,8 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
                 tell_once(self.s2o_short)
             elif query_len < self.s2o_min_query:
                 tell_once(self.s2o_few)
+            elif seq_len > self.s2o_max_len:
+                tell_once(self.s2o_beyond)
             else:
                 sparse.append(row)
         if not sparse:
