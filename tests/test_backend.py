@@ -432,18 +432,12 @@ def test_thresholds_for_another_number_of_heads(start, rank, told):
 
 
 @pytest.mark.parametrize("proposed, least", [(None, 2), (3, 5)], ids=["one token", "three proposed"])
-def test_decode_rows_stay_dense_whatever_the_config_says(start, monkeypatch, proposed, least):
-    monkeypatch.setattr(compat, "longest_decode", lambda config: 1 + (proposed or 0))
-    made = start({**EXACT, "min_query_len": 1, "min_seq_len": 1})
+def test_decode_rows_stay_dense_whatever_the_config_says(start, proposed, least):
+    made = start({**EXACT, "min_query_len": 1, "min_seq_len": 1}, proposed=proposed)
     for query_len in (least - 1, least):
         batch = Batch(made.layers[0], query_lens=[query_len], seq_lens=[40])
         planned = made.builder.build(0, batch.common).s2o
         assert (planned is not None) == (query_len == least)
-
-
-def test_longest_decode():
-    for given, longest in ((None, 1), (SimpleNamespace(num_speculative_tokens=3), 4)):
-        assert compat.longest_decode(SimpleNamespace(speculative_config=given)) == longest
 
 
 DRAFTS = pytest.mark.parametrize("draft", [{"tag": "eagle_head"}, {"mark": True}], ids=["as it was loaded", "marked"])

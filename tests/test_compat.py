@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import common_metadata
+from vllm.v1.attention import backend
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
 from vllm.v1.attention.backends import registry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -237,6 +238,33 @@ def test_all_kinds_of_graph_support_are_known():
     """What is above uniform decode in a new vLLM must be thought about."""
     known = {"NEVER", "UNIFORM_SINGLE_TOKEN_DECODE", "UNIFORM_BATCH", "ALWAYS"}
     assert {support.name for support in AttentionCGSupport} == known
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["vLLM's function", "a vLLM without one"])
+@pytest.mark.parametrize(
+    ("proposed", "parallel", "runner_v2", "longest"),
+    [
+        pytest.param(3, False, False, 4, id="one-after-the-other"),
+        pytest.param(3, True, False, 7, id="in-parallel"),
+        pytest.param(3, True, True, 4, id="in-parallel-on-runner-v2"),
+        pytest.param(None, False, False, 1, id="no-tokens"),
+    ],
+)
+def test_the_longest_decode(monkeypatch, own, proposed, parallel, runner_v2, longest):
+    """V1's parallel drafter appends what it proposes to what is verified."""
+    if not own:
+        monkeypatch.delattr(backend, "max_decode_query_len")
+        longest = 7 if parallel else longest  # 0.25.1 asks for no runner
+    speculative = SimpleNamespace(num_speculative_tokens=proposed, parallel_drafting=parallel)
+    given = SimpleNamespace(speculative_config=speculative, use_v2_model_runner=runner_v2)
+    assert compat.longest_decode(given) == longest
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["vLLM's function", "a vLLM without one"])
+def test_the_longest_decode_without_a_drafter(monkeypatch, own):
+    if not own:
+        monkeypatch.delattr(backend, "max_decode_query_len")
+    assert compat.longest_decode(SimpleNamespace(speculative_config=None)) == 1
 
 
 def model(**changes) -> SimpleNamespace:

@@ -207,7 +207,14 @@ def is_draft_layer(impl, layer) -> bool:
 
 def longest_decode(vllm_config) -> int:
     """Query tokens of a row in decode, at most: one, and what a draft proposes."""
-    return 1 + int(getattr(vllm_config.speculative_config, "num_speculative_tokens", None) or 0)
+    from vllm.v1.attention import backend
+
+    if hasattr(backend, "max_decode_query_len"):  # from 0.32 on; it knows the model runner too
+        return backend.max_decode_query_len(vllm_config)
+    speculative = vllm_config.speculative_config
+    proposed = getattr(speculative, "num_speculative_tokens", None) or 0
+    # A parallel drafter verifies and proposes in one row.
+    return 1 + (2 if getattr(speculative, "parallel_drafting", False) else 1) * proposed
 
 
 def dense_backend() -> type:
