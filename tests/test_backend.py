@@ -440,6 +440,16 @@ def test_decode_rows_stay_dense_whatever_the_config_says(start, proposed, least)
         assert (planned is not None) == (query_len == least)
 
 
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [(32, "min_query_len=32 layers"), (3, "min_query_len=5 (not 3: decode stays dense) layers")],
+    ids=["as given", "raised"],
+)
+def test_the_least_number_of_new_tokens_is_told_as_it_is(start, told, given, line):
+    start({**EXACT, "min_query_len": given}, proposed=3)
+    assert any(line in told_line for told_line in told)
+
+
 DRAFTS = pytest.mark.parametrize("draft", [{"tag": "eagle_head"}, {"mark": True}], ids=["as it was loaded", "marked"])
 
 

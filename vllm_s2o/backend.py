@@ -125,7 +125,7 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
 
     def _introduce(self, dense: dict[str, list[str]]) -> None:
         if self.s2o_layers:  # none where a draft has a builder of its own
-            for line in self.s2o.describe():
+            for line in self.s2o.describe(self.s2o_min_query):
                 say_once(line)
             path = "Triton kernels" if self.device.type == "cuda" else "the CPU path"
             line = f"{self.num_sparse} of {len(self.s2o_layers)} attention layers take {path} for long prefills"
