@@ -1,4 +1,4 @@
-"""Tables of integers on the device, and how segments are grouped for scoring. No Triton here."""
+"""Tables of numbers on the device, and how segments are grouped for scoring. No Triton here."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ MAX_SCORED_TOGETHER = 64
 
 
 def as_table(rows, device: torch.device, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    """Integers, or tuples of them, as a tensor on the device, copied without waiting for it."""
+    """Numbers, or tuples of them, as a tensor on the device, copied without waiting for it."""
     table = torch.tensor(rows, dtype=dtype)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 

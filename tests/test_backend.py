@@ -1,18 +1,21 @@
 """One step through vLLM's own layers and builders, on the CPU: who attends which rows, and what is said of it."""
 
 import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from cases import Case, error_bar
+from vllm.compilation.backends import set_model_tag
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 
 from vllm_s2o import S2OParams, attention, backend, compat, plugin, prefill_attention
 from vllm_s2o.backend import S2OBackend, layer_index, tell_once
+from vllm_s2o.kernels import tables
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="these batches are small enough for a CPU only")
 
@@ -20,6 +23,7 @@ CPU = torch.device("cpu")
 DENSE = compat.dense_backend()
 SHORT = {"segment_len": 64, "tile_size": 32, "key_block": 16, "min_seq_len": 128, "min_query_len": 32}
 EXACT = {**SHORT, "threshold": 0.0}
+ALL_DENSE = {**EXACT, "layers": [{"layers": 0, "threshold": "dense"}]}
 
 # A decode, a short prefill, the last 200 tokens of a long prompt, another decode, and a whole long prompt.
 QUERY_LENS, SEQ_LENS = [1, 20, 200, 1, 150], [300, 20, 500, 40, 150]
@@ -64,17 +68,27 @@ def rank(monkeypatch):
 def start(models, told):
     """Layers of a model and their metadata builder, as vLLM makes them."""
 
-    def start(s2o=EXACT, *, dense=False, dtype="float32", layers=({},), num_heads=tiny.NUM_HEADS, **changes):
+    def start(
+        s2o=EXACT, *, dense=False, dtype="float32", layers=({},), num_heads=tiny.NUM_HEADS, proposed=None, **changes
+    ):
+        """A layer may have a `name`, a `tag` under which vLLM loads it, and a `mark`; drafts are `proposed` tokens."""
         config = tiny.vllm_config(models[dtype], None if dense else "CUSTOM", **s2o)
+        if proposed is not None:
+            config.speculative_config = tiny.speculative_config(config, proposed)
         for name, value in changes.items():
             setattr(config.scheduler_config, name, value)
         made = []
         with set_current_vllm_config(config):
             for index, special in enumerate(layers):
-                layer = Attention(
-                    num_heads, tiny.HEAD_SIZE, tiny.HEAD_SIZE**-0.5, num_kv_heads=num_heads // 2,
-                    cache_config=config.cache_config, prefix=f"model.layers.{index}.self_attn.attn", **special,
-                )  # fmt: skip
+                special = dict(special)
+                name = special.pop("name", f"model.layers.{index}.self_attn.attn")
+                tag, mark = special.pop("tag", None), special.pop("mark", False)
+                with set_model_tag(tag) if tag else nullcontext():
+                    layer = Attention(
+                        num_heads, tiny.HEAD_SIZE, tiny.HEAD_SIZE**-0.5, num_kv_heads=num_heads // 2,
+                        cache_config=config.cache_config, prefix=name, **special,
+                    )  # fmt: skip
+                layer.is_draft_layer = mark
                 made.append(layer)
             builder = made[0].attn_backend.get_builder_cls()(
                 made[0].get_kv_cache_spec(config), [layer.layer_name for layer in made], config, CPU
@@ -237,13 +251,31 @@ def test_a_step_without_long_rows_is_left_to_the_dense_backend(start, finished):
     assert finished == []
 
 
-def test_a_dummy_batch_longer_than_any_sequence_has_no_plan(start):
-    """vLLM warms up with lengths that no block table holds."""
+@pytest.mark.parametrize(
+    ("query_lens", "seq_lens", "long"),
+    [
+        pytest.param([200], [1024], [0], id="as-long-as-can-be"),
+        pytest.param([200], [1025], None, id="too-long"),
+        pytest.param([200, 200], [1025, 300], [1], id="one-of-two"),
+    ],
+)
+def test_rows_longer_than_a_block_table_are_left_out(start, told, query_lens, seq_lens, long):
+    """vLLM warms up with such lengths. They say nothing of the step's other rows."""
     sparse = start()
-    batch = Batch(sparse.layers[0], query_lens=[200], seq_lens=[1024])
-    assert sparse.builder.build(0, batch.common).s2o is not None
-    batch = Batch(sparse.layers[0], query_lens=[200], seq_lens=[1025])
-    assert sparse.builder.build(0, batch.common).s2o is None
+    batch = Batch(sparse.layers[0], query_lens=query_lens, seq_lens=seq_lens)
+    told.clear()
+    work = sparse.builder.build(0, batch.common).s2o
+    assert (list(work.plan.plan.seqs) if work else None) == long
+    reason = "s2o: dense: sequences longer than max_model_len=1024, as in vLLM's warm-up"
+    assert told == ([reason] if seq_lens[0] > 1024 else [])
+
+
+def test_a_decode_beyond_the_limit_leaves_a_prefill_alone(start, told):
+    """Its length may be an upper bound that counts proposed tokens."""
+    sparse = start()
+    batch = Batch(sparse.layers[0], query_lens=[1, 200], seq_lens=[1026, 300])
+    assert sparse.builder.build(0, batch.common).s2o.plan.plan.seqs == (1,)
+    assert not any("max_model_len" in line for line in told)
 
 
 def test_keys_and_values_may_have_been_written_before(start, finished):
@@ -264,6 +296,40 @@ def test_graphs_and_drafts_have_no_plan(start):
     assert sparse.builder.build_for_cudagraph_capture(batch.common).s2o is None
     assert getattr(sparse.builder.build(0, batch.common, True), "s2o", None) is None
     assert getattr(sparse.builder.build_for_drafting(batch.common, 0), "s2o", None) is None
+
+
+@pytest.mark.parametrize("budget", [None, 0.5], ids=["stop rule", "budget"])
+def test_layers_find_their_thresholds_on_the_device(start, finished, monkeypatch, budget):
+    """A copy from the host would make the first layer that needs it wait for the device."""
+    one_head = {"layers": 1, "heads": 2, "threshold": 0.25}
+    sparse = start({**SHORT, "threshold": 0.125, "budget": budget, "layers": [one_head]}, layers=({}, {}))
+    batch = Batch(sparse.layers[0])
+    metadata = sparse.builder.build(0, batch.common)
+    own = list(metadata.s2o.thresholds.values())
+    assert own[0].tolist() == ([0.125] * 4 if budget is None else [0.0] * 4)
+    assert own[1].tolist() == ([0.125, 0.125, 0.25, 0.125] if budget is None else [0.0] * 4)
+    given = []
+    stages = attention.stages("cpu", CPU)
+
+    def attend(*arguments, **options):
+        given.append(arguments[8])
+        return stages.attend(*arguments, **options)
+
+    parts = SimpleNamespace(rank_keys=stages.rank_keys, order_queries=stages.order_queries, attend=attend)
+    monkeypatch.setattr(attention, "stages", lambda *_: parts)
+    monkeypatch.setattr(tables, "as_table", lambda *_: pytest.fail("a copy from the host"))
+    for layer in sparse.layers:
+        batch.attend(layer, metadata)
+    assert given[0] is own[0]
+    assert given[-1] is own[1]
+
+
+def test_thresholds_lie_where_kernels_were_compiled_for():
+    """Triton compiles anew for an address that is no multiple of 16 bytes: warm-up would be in vain."""
+    params = [S2OParams(threshold=value) for value in (0.25, (0.5,) * 9, 0.125)]
+    rows = attention.device_thresholds(list(zip(params, (9, 9, 3), strict=True)), CPU)
+    assert [row.tolist() for row in rows] == [[0.25] * 9, [0.5] * 9, [0.125] * 3]
+    assert {(row.data_ptr() - rows[0].data_ptr()) % 16 for row in rows} == {0}
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
@@ -294,8 +360,29 @@ def test_layers_that_the_config_keeps_dense(start, told):
     assert "s2o: dense: the config says so (layers 0,1)" in told
 
 
+NAMELESS = {"name": "model.blocks.1.part.2.attn"}
+
+
+def test_a_layer_without_a_number_cannot_be_overridden(start, told):
+    """It might be the one that the config keeps dense."""
+    sparse = start({**EXACT, "layers": [{"layers": 1, "threshold": "dense"}]}, layers=({}, NAMELESS))
+    assert [layer.impl.s2o_params is None for layer in sparse.layers] == [False, True]
+    reason = "the config has settings for single layers, and the name does not say which layer this is"
+    assert f"s2o: dense: {reason} (layers model.blocks.1.part.2.attn)" in told
+
+
+def test_a_layer_without_a_number_runs_as_all_layers_do(start, told):
+    sparse = start({**SHORT, "threshold": 0.25}, layers=(NAMELESS,))
+    assert sparse.layers[0].impl.s2o_params.threshold == 0.25
+
+
+def test_the_log_calls_a_layer_without_a_number_by_its_name(start, told):
+    start(layers=({"per_layer_sliding_window": 64}, NAMELESS | {"per_layer_sliding_window": 64}))
+    assert "s2o: dense: sliding window (layers 0,model.blocks.1.part.2.attn)" in told
+
+
 def test_a_model_of_dense_layers_has_no_plan(start, finished):
-    sparse = start({**EXACT, "layers": [{"layers": 0, "threshold": "dense"}]})
+    sparse = start(ALL_DENSE)
     batch = Batch(sparse.layers[0])
     metadata = sparse.builder.build(0, batch.common)
     assert getattr(metadata, "s2o", None) is None
@@ -345,25 +432,69 @@ def test_thresholds_for_another_number_of_heads(start, rank, told):
 
 
 @pytest.mark.parametrize("proposed, least", [(None, 2), (3, 5)], ids=["one token", "three proposed"])
-def test_decode_rows_stay_dense_whatever_the_config_says(start, monkeypatch, proposed, least):
-    monkeypatch.setattr(compat, "longest_decode", lambda config: 1 + (proposed or 0))
-    made = start({**EXACT, "min_query_len": 1, "min_seq_len": 1})
+def test_decode_rows_stay_dense_whatever_the_config_says(start, proposed, least):
+    made = start({**EXACT, "min_query_len": 1, "min_seq_len": 1}, proposed=proposed)
     for query_len in (least - 1, least):
         batch = Batch(made.layers[0], query_lens=[query_len], seq_lens=[40])
         planned = made.builder.build(0, batch.common).s2o
         assert (planned is not None) == (query_len == least)
 
 
-def test_longest_decode():
-    for given, longest in ((None, 1), (SimpleNamespace(num_speculative_tokens=3), 4)):
-        assert compat.longest_decode(SimpleNamespace(speculative_config=given)) == longest
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [(32, "min_query_len=32 layers"), (3, "min_query_len=5 (not 3: decode stays dense) layers")],
+    ids=["as given", "raised"],
+)
+def test_the_least_number_of_new_tokens_is_told_as_it_is(start, told, given, line):
+    start({**EXACT, "min_query_len": given}, proposed=3)
+    assert any(line in told_line for told_line in told)
 
 
-def test_a_draft_model_stays_dense(start, told, monkeypatch):
-    monkeypatch.setattr(compat, "is_draft", lambda config: True)
-    made = start()
-    assert made.layers[0].impl.s2o_params is None
-    assert any("draft model" in line for line in told)
+DRAFTS = pytest.mark.parametrize("draft", [{"tag": "eagle_head"}, {"mark": True}], ids=["as it was loaded", "marked"])
+
+
+@DRAFTS
+def test_a_drafts_layer_stays_dense_and_is_not_counted(start, finished, told, draft):
+    """Model runner V2 has one builder for the target's layers and for a draft's, which get the target's metadata."""
+    sparse, dense = start(layers=({}, draft), proposed=3), start(dense=True, layers=({}, {}))
+    assert [layer.impl.s2o_params is None for layer in sparse.layers] == [False, True]
+    batch = Batch(sparse.layers[0])
+    metadata, without = sparse.builder.build(0, batch.common), dense.builder.build(0, batch.common)
+    batch.attend(sparse.layers[0], metadata)
+    for _ in range(2):  # a drafter may run its layers once, several times, or not at all
+        assert len(finished) == 1
+        assert batch.attend(sparse.layers[1], metadata).equal(batch.attend(dense.layers[1], without))
+    assert (finished[0].num_layers, finished[0].done, finished[0].sparse) == (1, 1, 1)
+    assert "s2o: 1 of 1 attention layers take the CPU path for long prefills" in told
+    assert "s2o: dense: draft model (layers 1)" in told
+
+
+@DRAFTS
+def test_a_draft_with_a_builder_of_its_own_has_no_plan(start, told, draft):
+    made = start(layers=(draft,), proposed=3)
+    assert getattr(made.builder.build(0, Batch(made.layers[0]).common), "s2o", None) is None
+    assert told == ["s2o: dense: draft model (layers 0)"], "the config is not the draft's"
+
+
+def test_the_target_of_a_draft_is_no_draft(start):
+    made = start(proposed=3)
+    assert made.layers[0].impl.s2o_params is not None
+
+
+def test_a_tag_alone_makes_no_draft(start):
+    """Parts of a model may be made under tags too; without a drafter they are the model's."""
+    assert start(layers=({"tag": "decoder"},)).layers[0].impl.s2o_params is not None
+
+
+def test_a_draft_reserves_nothing(start, monkeypatch):
+    asked = []
+    monkeypatch.setattr(compat, "reserve_workspace", lambda *buffers: asked.append(buffers))
+    made = start(layers=({}, {"tag": "draft_model"}), proposed=3)
+    batch = Batch(made.layers[0])
+    batch.attend(made.layers[1], None)
+    assert asked == []
+    batch.attend(made.layers[0], None)
+    assert len(asked) == 1
 
 
 def test_one_process_introduces_the_backend(start, rank, told):
@@ -377,9 +508,9 @@ def test_one_process_introduces_the_backend(start, rank, told):
 
 def test_the_backend_is_introduced_once(start, told):
     """vLLM makes builders for profiling, for capture, and for each cache group."""
-    start({**EXACT, "layers": [{"layers": 0, "threshold": "dense"}]})
+    start(ALL_DENSE)
     lines = list(told)
-    start({**EXACT, "layers": [{"layers": 0, "threshold": "dense"}]})
+    start(ALL_DENSE)
     assert told == lines
     assert len(lines) == len(set(lines)) >= 4
 
@@ -391,6 +522,12 @@ def test_the_backend_is_the_dense_one_in_all_else():
     assert S2OBackend.get_builder_cls() is backend.S2OMetadataBuilder
     assert S2OBackend.get_supported_head_sizes() == DENSE.get_supported_head_sizes()
     assert S2OBackend.get_builder_cls()._cudagraph_support is compat.cudagraph_support(DENSE.get_builder_cls())
+
+
+def test_batch_invariance_is_not_inherited(monkeypatch):
+    """FLASH_ATTN claims it."""
+    monkeypatch.setattr(DENSE, "supports_batch_invariance", classmethod(lambda cls: True))
+    assert not S2OBackend.supports_batch_invariance()
 
 
 # -- the workspace ----------------------------------------------------------------------------------------------------
@@ -496,6 +633,44 @@ def test_another_group_has_the_plan_and_counters_of_its_own(start, finished, oth
     assert (out - exact).abs().max() <= bar
     assert not torch.allclose(out, batch_out, atol=0.1)
     assert finished == [metadata.s2o.step, new.s2o.step]
+
+
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 1)], ids=["a larger group", "a smaller group"])
+def test_another_group_counts_its_own_layers(start, finished, other_group, sizes):
+    groups = [start(layers=({},) * size) for size in sizes]
+    batch = Batch(groups[0].layers[0])
+    metadata = groups[0].builder.build(0, batch.common)
+    steps = [metadata, groups[1].builder.update_block_table(metadata, batch.table.clone(), batch.slots)]
+    for group, own in zip(groups, steps, strict=True):
+        assert set(own.s2o.thresholds) == {layer.layer_name for layer in group.layers}
+        for layer in group.layers:
+            assert own.s2o.step not in finished
+            batch.attend(layer, own)
+    assert [(step.num_layers, step.sparse) for step in finished] == [(size, size) for size in sizes]
+
+
+def test_another_group_plans_where_the_first_is_all_dense(start, finished, other_group):
+    first, second = start(ALL_DENSE), start()
+    batch, other = Batch(first.layers[0], seed=1), Batch(second.layers[0], seed=2)
+    metadata = first.builder.build(0, batch.common)
+    new = second.builder.update_block_table(metadata, other.table, other.slots)
+    assert new.s2o.plan.plan.seqs == tuple(LONG)
+    exact, bar = error_bar(other.case(second.layers[0], range(len(QUERY_LENS))))
+    assert (other.attend(second.layers[0], new) - exact).abs().max() <= bar
+    assert finished == [new.s2o.step]
+    # A graph must hold no plan, in whichever group.
+    captured = first.builder.build_for_cudagraph_capture(batch.common)
+    assert second.builder.update_block_table(captured, other.table, other.slots).s2o is None
+
+
+def test_another_group_that_is_all_dense_has_no_plan(start, finished, other_group):
+    first, second = start(), start(ALL_DENSE)
+    batch = Batch(first.layers[0])
+    metadata = first.builder.build(0, batch.common)
+    new = second.builder.update_block_table(metadata, batch.table.clone(), batch.slots)
+    assert new.s2o is None
+    assert batch.attend(second.layers[0], new).isfinite().all()
+    assert finished == []
 
 
 def test_another_group_of_a_dense_step_is_dense(start, other_group):

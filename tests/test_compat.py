@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import common_metadata
+from vllm.v1.attention import backend
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
 from vllm.v1.attention.backends import registry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -27,6 +28,7 @@ def impl(**changes) -> SimpleNamespace:
         "head_size": 256,
         "dcp_world_size": 1,
         "total_cp_world_size": 1,
+        "s2o_draft": False,
     }
     return SimpleNamespace(**plain | changes)
 
@@ -66,10 +68,12 @@ def test_plain_layers_have_no_problem(plain):
         ({"dcp_world_size": 2}, "context parallelism"),
         ({"head_size": 512}, "head size 512, above 256"),
         ({"isa": "neon"}, "unknown CPU cache layout (neon)"),
+        ({"s2o_draft": True}, "draft model"),
     ],
     ids=[
         *("window", "window-pair", "window-of-one", "alibi", "soft-cap", "sinks", "encoder", "encoder-only", "cross"),
         *("encoder-as-text", "fp8", "fp8-e5m2", "context-parallel", "decode-context-parallel", "wide-head", "neon"),
+        "draft",
     ],
 )
 def test_why_a_layer_stays_dense(changes, reason):
@@ -84,6 +88,11 @@ def test_a_layer_without_sinks_or_parallelism_may_not_know_of_them():
 
 def test_an_unknown_layout_noted_on_the_layer_is_named():
     assert compat.layer_problem(impl(), SimpleNamespace(isa="rvv")) == "unknown CPU cache layout (rvv)"
+
+
+def test_a_layer_that_vllm_marks_as_a_drafts_is_one():
+    assert compat.layer_problem(impl(), SimpleNamespace(is_draft_layer=True)) == "draft model"
+    assert compat.layer_problem(impl(), SimpleNamespace(is_draft_layer=False)) is None
 
 
 @pytest.mark.parametrize("isa", compat.CPU_LAYOUTS)
@@ -229,6 +238,33 @@ def test_all_kinds_of_graph_support_are_known():
     """What is above uniform decode in a new vLLM must be thought about."""
     known = {"NEVER", "UNIFORM_SINGLE_TOKEN_DECODE", "UNIFORM_BATCH", "ALWAYS"}
     assert {support.name for support in AttentionCGSupport} == known
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["vLLM's function", "a vLLM without one"])
+@pytest.mark.parametrize(
+    ("proposed", "parallel", "runner_v2", "longest"),
+    [
+        pytest.param(3, False, False, 4, id="one-after-the-other"),
+        pytest.param(3, True, False, 7, id="in-parallel"),
+        pytest.param(3, True, True, 4, id="in-parallel-on-runner-v2"),
+        pytest.param(None, False, False, 1, id="no-tokens"),
+    ],
+)
+def test_the_longest_decode(monkeypatch, own, proposed, parallel, runner_v2, longest):
+    """V1's parallel drafter appends what it proposes to what is verified."""
+    if not own:
+        monkeypatch.delattr(backend, "max_decode_query_len")
+        longest = 7 if parallel else longest  # 0.25.1 asks for no runner
+    speculative = SimpleNamespace(num_speculative_tokens=proposed, parallel_drafting=parallel)
+    given = SimpleNamespace(speculative_config=speculative, use_v2_model_runner=runner_v2)
+    assert compat.longest_decode(given) == longest
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["vLLM's function", "a vLLM without one"])
+def test_the_longest_decode_without_a_drafter(monkeypatch, own):
+    if not own:
+        monkeypatch.delattr(backend, "max_decode_query_len")
+    assert compat.longest_decode(SimpleNamespace(speculative_config=None)) == 1
 
 
 def model(**changes) -> SimpleNamespace:

@@ -26,12 +26,18 @@ def pip(*arguments: str | Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """Built without a network from a clean copy of the checkout, its tests and benchmarks included."""
-    work = tmp_path_factory.mktemp("wheel")
-    source = work / "source"
+def source(tmp_path_factory) -> Path:
+    """A clean copy of the checkout, its tests and benchmarks included."""
+    copy = tmp_path_factory.mktemp("source") / "checkout"
     hidden = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist")
-    shutil.copytree(ROOT, source, ignore=hidden)
+    shutil.copytree(ROOT, copy, ignore=hidden)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    """Built without a network."""
+    work = tmp_path_factory.mktemp("wheel")
     pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", work, source)
     (built,) = work.glob("*.whl")
     return built
@@ -108,6 +114,40 @@ print(json.dumps([resolved.source, files, vllm_s2o.__path__]))
 @pytest.mark.parametrize("config", CONFIGS)
 def test_an_installed_wheel_reads_the_files_of_the_checkout(installed, config):
     assert (installed / "vllm_s2o" / "configs" / config).read_bytes() == (ROOT / "configs" / config).read_bytes()
+
+
+# -- a checkout -------------------------------------------------------------------------------------------------------
+
+FOUND = """
+import importlib.util as util, json, vllm_s2o, vllm_s2o.configs, vllm_s2o.kernels
+from importlib.resources import files
+others = [name for name in ("tests", "benchmarks", "vllm_s2o") if util.find_spec("vllm_s2o." + name)]
+configs = sorted(entry.name for entry in files("vllm_s2o.configs").iterdir())
+paths = [list(module.__path__) for module in (vllm_s2o, vllm_s2o.kernels, vllm_s2o.configs)]
+print(json.dumps([*paths, util.find_spec("vllm_s2o.kernels.rank").origin, configs, others]))
+"""
+
+
+def of_a_checkout(root: Path) -> list:
+    """What FOUND prints: its kernels and configs, and nothing else of it."""
+    folders = [[str(root / name)] for name in ("vllm_s2o", "kernels", "configs")]
+    return [*folders, str(root / "kernels" / "rank.py"), CONFIGS, []]
+
+
+def test_a_checkout_on_the_path_gives_the_package_alone(tmp_path):
+    """Not another checkout's either, which this environment may have installed."""
+    assert json.loads(run_python(FOUND, tmp_path, PYTHONPATH=str(ROOT))) == of_a_checkout(ROOT)
+
+
+def test_an_editable_install_gives_the_package_alone(source, tmp_path):
+    """Without this environment's packages, among which there may be another install."""
+    pip(
+        "install", "--no-deps", "--no-build-isolation", "--no-index", "--ignore-installed", "--prefix", tmp_path,
+        "--editable", source,
+    )  # fmt: skip
+    (packages,) = tmp_path.glob("lib/*/site-packages")
+    code = f"import site; site.addsitedir({str(packages)!r})\n{FOUND}"
+    assert json.loads(run_python(code, tmp_path, "-S", PYTHONPATH="")) == of_a_checkout(source)
 
 
 # -- the name `kernels` -----------------------------------------------------------------------------------------------

@@ -332,6 +332,17 @@ def test_latent_attention_is_refused(tmp_path):
         tiny.vllm_config(model)
 
 
+def test_batch_invariance_is_refused(platform, monkeypatch):
+    """A promise that cannot be kept: vLLM's own check would not see the flag on a CPU."""
+    plugin.register()
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    platform.check_and_update_config(config(None))
+    with pytest.raises(StartError, match=r"^the S2O backend does not support VLLM_BATCH_INVARIANT: "):
+        platform.check_and_update_config(config())
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
+    platform.check_and_update_config(config())
+
+
 def test_a_configuration_without_a_model_is_let_through():
     """vLLM makes such configurations for its own use."""
     given = config()
@@ -379,6 +390,10 @@ def test_a_draft_model_does_not_answer_for_the_models_overrides():
         plugin.check(given)
     given.speculative_config = SimpleNamespace(draft_model_config=given.model_config)
     plugin.check(given)
+    # vLLM notes the target's configuration as the draft's where there is no draft model, as with n-grams.
+    given.speculative_config.target_model_config = given.model_config
+    with pytest.raises(StartError, match="has layers 0 to 1"):
+        plugin.check(given)
 
 
 @pytest.mark.parametrize("program", ["/env/bin/vllm", "entrypoints/openai/api_server.py", "entrypoints/cli/main.py"])

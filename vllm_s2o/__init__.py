@@ -5,6 +5,8 @@ processes to find the plugin, and that must cost no CUDA context and no kernel.
 """
 
 import importlib
+import sys
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +18,21 @@ if TYPE_CHECKING:
 
 __all__ = ["ConfigError", "S2OParams", "Stats", "__version__", "prefill_attention"]
 
-# In a checkout, kernels/ and configs/ stand beside this package; an installed wheel has them inside it.
+
+class _Beside:
+    """In a checkout, kernels/ and configs/ stand beside this package: they are found, the rest of it is not."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name not in ("vllm_s2o.kernels", "vllm_s2o.configs"):
+            return None
+        return PathFinder.find_spec(name, [str(Path(__file__).parents[1])])
+
+
+# An installed wheel has them inside the package. The finder goes first: that of an editable install may lead to
+# another checkout than the one that this package was imported from.
 if not Path(__file__).with_name("kernels").is_dir():
-    __path__.append(str(Path(__file__).parents[1]))
+    sys.meta_path.insert(0, _Beside)
 
 _HOME = {
     "ConfigError": "vllm_s2o.config",

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Literal, NamedTuple
@@ -109,10 +110,20 @@ def to_device(plan: StepPlan, device: torch.device) -> DevicePlan:
     return DevicePlan(plan, tuple(waves))
 
 
-@functools.lru_cache(maxsize=4096)
-def _thresholds(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """Kept: a copy from the host would wait for the device in each layer of each step."""
-    return torch.tensor(values, dtype=torch.float32, device=device)
+def device_thresholds(layers: Sequence[tuple[S2OParams, int]], device: torch.device) -> list[torch.Tensor]:
+    """Thresholds of layers, given by parameters and number of query heads, in one copy that does not wait.
+
+    To be made anew for each step: memory that was allocated at start may lose its values in vLLM's sleep mode.
+    """
+    from vllm_s2o.kernels.tables import as_table
+
+    rows = [params.thresholds(num_heads) for params, num_heads in layers]
+    # A budget is a fixed share: the stop rule is off.
+    rows = [row if params.budget is None else (0.0,) * len(row) for row, (params, _) in zip(rows, layers, strict=True)]
+    # Triton compiles a kernel again for an address that is no multiple of 16 bytes.
+    width = -(-max(map(len, rows)) // 4) * 4
+    table = as_table([(*row, *(0.0,) * (width - len(row))) for row in rows], device, torch.float32)
+    return [values[: len(row)] for values, row in zip(table, rows, strict=True)]
 
 
 def allocate_workspace(num_slots: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,19 +144,19 @@ def run(
     scale: float,
     out: torch.Tensor,
     *,
+    thresholds: torch.Tensor | None = None,
     workspace: tuple[torch.Tensor, torch.Tensor] | None = None,
     implementation: Implementation = "auto",
 ) -> torch.Tensor:
     """Attend the plan's rows, wave by wave, into `out`; other rows of `out` are left alone.
 
-    Returns the visited pairs, [num_seqs, num_heads] int64. Nothing here waits for the device.
+    Returns the visited pairs, [num_seqs, num_heads] int64. Nothing here waits for the device, and with `thresholds`
+    (one of `device_thresholds`) nothing is copied to it.
     """
     num_heads = query.shape[1]
     stage = stages(implementation, query.device)
-    thresholds = _thresholds(params.thresholds(num_heads), query.device)
-    # A budget is a fixed share: the stop rule is off.
-    if params.budget is not None:
-        thresholds = torch.zeros_like(thresholds)
+    if thresholds is None:
+        (thresholds,) = device_thresholds([(params, num_heads)], query.device)
     visited = torch.zeros(plan.plan.num_seqs, num_heads, dtype=torch.int64, device=query.device)
     for tables in plan.waves:
         wave = tables.wave

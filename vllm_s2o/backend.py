@@ -50,6 +50,12 @@ def layer_index(layer_name: str) -> int | None:
     return int(numbers[0]) if len(numbers) == 1 else None
 
 
+def short_name(layer_name: str) -> str:
+    """What the log calls a layer: its number, or all that is known of it."""
+    index = layer_index(layer_name)
+    return layer_name if index is None else str(index)
+
+
 def reserved_slots(vllm_config, num_kv_heads: int, config: ResolvedConfig) -> int:
     """Index entries that the workspace holds: what profiling reserves and no plan exceeds."""
     return workspace_slots(
@@ -76,6 +82,8 @@ class Work:
     the metadata to another cache group with a block table of its own."""
 
     plan: attention.DevicePlan
+    thresholds: dict[str, torch.Tensor]
+    """By the name of a layer, for those that are sparse."""
     dense: tuple[DenseRun, ...]
     step: stats.Step
 
@@ -97,53 +105,68 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
         self.s2o_min_query = max(self.s2o.min_query_len, 1 + compat.longest_decode(vllm_config))
         self.s2o_short = f"sequences shorter than min_seq_len={self.s2o.min_seq_len}"
         self.s2o_few = f"fewer new tokens than min_query_len={self.s2o_min_query}, decode among them"
-        self.s2o_layers = [layers[name] for name in layer_names if isinstance(layers[name].impl, S2OImpl)]
-        problem = "draft model" if compat.is_draft(vllm_config) else None
-        if device.type == "cuda" and problem is None and self.s2o_layers:
+        # A block table ends there: only a dummy batch, while vLLM warms up, should claim more.
+        self.s2o_beyond = f"sequences longer than max_model_len={self.s2o_max_len}, as in vLLM's warm-up"
+        ours = [layers[name] for name in layer_names if isinstance(layers[name].impl, S2OImpl)]
+        # A draft's layers may be in the target's group. They run in steps of the drafter too, and are not counted.
+        self.s2o_layers = [layer for layer in ours if not compat.is_draft_layer(layer.impl, layer)]
+        problem = None
+        if device.type == "cuda" and self.s2o_layers:
             shape = (kv_cache_spec.block_size, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
             num_heads = self.s2o_layers[0].impl.num_heads
             problem = attention.warm_up(num_heads, shape, vllm_config.model_config.dtype, device, self.s2o.params)
         dense: dict[str, list[str]] = {}
-        for layer in self.s2o_layers:
+        for layer in ours:
             reason = layer.impl.settle(layer, self.s2o, problem)
             if reason is not None:
-                dense.setdefault(reason, []).append(str(layer_index(layer.layer_name)))
-        self.any_sparse = any(layer.impl.s2o_params is not None for layer in self.s2o_layers)
+                dense.setdefault(reason, []).append(short_name(layer.layer_name))
+        self.num_sparse = sum(layer.impl.s2o_params is not None for layer in self.s2o_layers)
         self._introduce(dense)
 
     def _introduce(self, dense: dict[str, list[str]]) -> None:
-        for line in self.s2o.describe():
-            say_once(line)
-        sparse = len(self.s2o_layers) - sum(map(len, dense.values()))
-        path = "Triton kernels" if self.device.type == "cuda" else "the CPU path"
-        line = f"{sparse} of {len(self.s2o_layers)} attention layers take {path} for long prefills"
-        say_once(line, logging.INFO if sparse else logging.WARNING)
+        if self.s2o_layers:  # none where a draft has a builder of its own
+            for line in self.s2o.describe(self.s2o_min_query):
+                say_once(line)
+            path = "Triton kernels" if self.device.type == "cuda" else "the CPU path"
+            line = f"{self.num_sparse} of {len(self.s2o_layers)} attention layers take {path} for long prefills"
+            say_once(line, logging.INFO if self.num_sparse else logging.WARNING)
         for reason, names in dense.items():
             tell_once(f"{reason} (layers {','.join(names)})")
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build: bool = False, **kwargs):
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
-        # Drafts are built fast and are short; they have no plan.
-        if self.any_sparse and not fast_build:
+        if fast_build:  # V1, for the steps of a drafter, whose layers are all dense
+            return metadata
+        if self.num_sparse:
             metadata.s2o = self._plan(common_attn_metadata, metadata)
+        else:
+            metadata.s2o_common = common_attn_metadata  # another group may have to plan, from a copy of this
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata, *args, **kwargs):
         metadata = super().build_for_cudagraph_capture(common_attn_metadata, *args, **kwargs)
-        metadata.s2o = None  # a graph must not hold a plan, whatever the lengths of a dummy batch are
+        metadata.s2o = metadata.s2o_common = None  # no graph holds a plan, whatever the lengths of a dummy batch are
         return metadata
 
     def update_block_table(self, metadata, blk_table, slot_mapping):
         update = super().update_block_table
         new = update(metadata, blk_table, slot_mapping)
-        work = getattr(metadata, "s2o", None)
+        new.s2o = None
+        if not self.num_sparse:
+            return new
+        work, common = getattr(metadata, "s2o", None), getattr(metadata, "s2o_common", None)
         if work is not None:
             dense = tuple(
                 dataclasses.replace(run, metadata=update(run.metadata, blk_table[run.rows], slot_mapping[run.tokens]))
                 for run in work.dense
             )
-            step = dataclasses.replace(work.step, done=0, sparse=0, heads=0, visited=None)
-            new.s2o = dataclasses.replace(work, dense=dense, step=step)
+            step = dataclasses.replace(
+                work.step, num_layers=len(self.s2o_layers), done=0, sparse=0, heads=0, visited=None
+            )
+            new.s2o = dataclasses.replace(work, thresholds=self._thresholds(), dense=dense, step=step)
+        elif common is not None:  # the group that the metadata was built for is all dense
+            own = dataclasses.replace(common, block_table_tensor=blk_table, slot_mapping=slot_mapping)
+            new.s2o = self._plan(own, new)
         return new
 
     def _plan(self, common, metadata) -> Work | None:
@@ -153,9 +176,6 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
             return None
         if common.max_query_len < self.s2o_min_query:
             tell_once(self.s2o_few)
-            return None
-        # A dummy batch while vLLM warms up may claim more than a block table holds.
-        if common.max_seq_len > self.s2o_max_len:
             return None
         reason = compat.step_problem(common, metadata)
         lengths = compat.host_lengths(common)
@@ -171,6 +191,8 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
                 tell_once(self.s2o_short)
             elif query_len < self.s2o_min_query:
                 tell_once(self.s2o_few)
+            elif seq_len > self.s2o_max_len:
+                tell_once(self.s2o_beyond)
             else:
                 sparse.append(row)
         if not sparse:
@@ -190,7 +212,14 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
             sum(plan.causal_pairs),
             len(self.s2o_layers),
         )
-        return Work(attention.to_device(plan, self.device), tuple(dense), step)
+        return Work(attention.to_device(plan, self.device), self._thresholds(), tuple(dense), step)
+
+    def _thresholds(self) -> dict[str, torch.Tensor]:
+        """Copied before the layers run, so that none of them does."""
+        sparse = [layer for layer in self.s2o_layers if layer.impl.s2o_params is not None]
+        rows = [(layer.impl.s2o_params, layer.impl.num_heads) for layer in sparse]
+        names = [layer.layer_name for layer in sparse]
+        return dict(zip(names, attention.device_thresholds(rows, self.device), strict=True))
 
 
 class S2OImpl(DENSE.get_impl_cls()):
@@ -198,13 +227,18 @@ class S2OImpl(DENSE.get_impl_cls()):
 
     s2o_params: S2OParams | None = None
     """What this layer runs with; None: it stays dense. Known once the metadata builder has seen the layer."""
+    s2o_draft: bool
+    """Whether this was made for a draft model; `compat.is_draft_layer` asks vLLM's mark too."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         from vllm.config import get_current_vllm_config
 
         vllm_config = get_current_vllm_config()
-        self._s2o_slots = reserved_slots(vllm_config, self.num_kv_heads, resolve(vllm_config))
+        self.s2o_draft = compat.loads_draft(vllm_config)
+        self._s2o_slots = 0
+        if not self.s2o_draft:
+            self._s2o_slots = reserved_slots(vllm_config, self.num_kv_heads, resolve(vllm_config))
 
     def settle(self, layer, config: ResolvedConfig, problem: str | None = None) -> str | None:
         """Choose this layer's path. Returns the reason when it stays dense; `problem` is one that all layers have."""
@@ -213,6 +247,8 @@ class S2OImpl(DENSE.get_impl_cls()):
         if reason is not None:
             return reason
         index = layer_index(layer.layer_name)
+        if index is None and config.file.layers:  # one of them may be meant for this layer
+            return "the config has settings for single layers, and the name does not say which layer this is"
         params = config.params if index is None else config.layer(index)
         if params is None:
             return "the config says so"
@@ -231,13 +267,13 @@ class S2OImpl(DENSE.get_impl_cls()):
     def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs):
         work = getattr(attn_metadata, "s2o", None)
         if work is None:
-            if attn_metadata is None:  # memory profiling: what a long prefill will need
+            if attn_metadata is None and self._s2o_slots:  # memory profiling: what a long prefill will need
                 self._workspace(self._s2o_slots)
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         params = self.s2o_params
         if params is None:
             super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
-            if work.step.dense_layer():
+            if not compat.is_draft_layer(self, layer) and work.step.dense_layer():
                 report(work.step)
             return output
         for run in work.dense:
@@ -248,7 +284,7 @@ class S2OImpl(DENSE.get_impl_cls()):
         key_cache, value_cache, block_table = compat.caches(layer, self, kv_cache, attn_metadata.block_table)
         visited = attention.run(
             query, key_cache, value_cache, block_table, work.plan, params, self.scale, output,
-            workspace=self._workspace(work.plan.max_slots),
+            thresholds=work.thresholds.get(layer.layer_name), workspace=self._workspace(work.plan.max_slots),
         )  # fmt: skip
         if work.step.sparse_layer(visited):
             report(work.step)
@@ -265,6 +301,11 @@ class S2OBackend(DENSE):
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
         """Steps are planned from the lengths that the host knows."""
+        return False
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """A segment that is cut into chunks is ranked once for each of them, from fewer queries."""
         return False
 
     @staticmethod

@@ -142,6 +142,13 @@ def install_hooks(on_config: Callable[[Any], None]) -> None:
         platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
 
 
+def batch_invariant() -> bool:
+    """Whether the user asks for answers that do not depend on what else is in a step."""
+    from vllm import envs
+
+    return envs.VLLM_BATCH_INVARIANT
+
+
 class StartError(RuntimeError):
     """A configuration that cannot be served, in one sentence. No ValueError: pydantic would wrap that."""
 
@@ -174,14 +181,40 @@ def model_traits(model_config) -> dict[str, Any]:
 
 
 def is_draft(vllm_config) -> bool:
-    """Whether this is the configuration of a draft model for speculative decoding."""
-    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
-    return draft is not None and draft is vllm_config.model_config
+    """Whether this is the configuration of a draft model alone: most drafts are loaded with the target's."""
+    speculative = vllm_config.speculative_config
+    draft = getattr(speculative, "draft_model_config", None)
+    # Where there is no draft model (n-gram, for one), vLLM notes the target's as the draft's.
+    target = getattr(speculative, "target_model_config", None)
+    return draft is not None and draft is vllm_config.model_config and draft is not target
+
+
+def loads_draft(vllm_config) -> bool:
+    """Whether the layers that are made now are a draft model's.
+
+    All versions load a draft under a tag of its own, and the model that is served under the first one.
+    """
+    from vllm.compilation import backends
+
+    return vllm_config.speculative_config is not None and backends.model_tag != "backbone"
+
+
+def is_draft_layer(impl, layer) -> bool:
+    """Whether a layer is a draft model's. Model runner V2 marks such layers from 0.32 on; before, and on V1, the
+    implementation alone knows, from the time when it was made."""
+    return impl.s2o_draft or getattr(layer, "is_draft_layer", False)
 
 
 def longest_decode(vllm_config) -> int:
     """Query tokens of a row in decode, at most: one, and what a draft proposes."""
-    return 1 + int(getattr(vllm_config.speculative_config, "num_speculative_tokens", None) or 0)
+    from vllm.v1.attention import backend
+
+    if hasattr(backend, "max_decode_query_len"):  # from 0.32 on; it knows the model runner too
+        return backend.max_decode_query_len(vllm_config)
+    speculative = vllm_config.speculative_config
+    proposed = getattr(speculative, "num_speculative_tokens", None) or 0
+    # A parallel drafter verifies and proposes in one row.
+    return 1 + (2 if getattr(speculative, "parallel_drafting", False) else 1) * proposed
 
 
 def dense_backend() -> type:
@@ -227,6 +260,8 @@ MAX_HEAD_SIZE = 256
 
 def layer_problem(impl, layer) -> str | None:
     """Why this layer must stay dense, or None."""
+    if is_draft_layer(impl, layer):
+        return "draft model"
     window = impl.sliding_window
     if (window[0] if isinstance(window, tuple) else window or -1) >= 0:
         return "sliding window"

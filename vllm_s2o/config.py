@@ -79,8 +79,8 @@ class ResolvedConfig:
             params = params.model_copy(update={"threshold": threshold})
         return None if dense else params
 
-    def describe(self) -> list[str]:
-        """Short lines for a server's log."""
+    def describe(self, min_query_len: int | None = None) -> list[str]:
+        """Short lines for a server's log, with the `min_query_len` that applies where the server raised it."""
         params, layers = self.params, [self.layer(i) for i in range(self.traits.num_layers)]
         sparse = [layer for layer in layers if layer is not None]
         changed = sum(layer != params for layer in sparse)
@@ -88,10 +88,13 @@ class ResolvedConfig:
         stop = f"threshold={threshold_range(sparse or [params])}"
         if params.budget is not None:
             stop = f"budget={params.budget:g} (WARNING: no stop rule, for benchmarks only)"
+        min_query = f"min_query_len={min_query_len or self.min_query_len}"
+        if min_query_len not in (None, self.min_query_len):
+            min_query += f" (not {self.min_query_len}: decode stays dense)"
         lines = [
             f"config {self.source} ({_FOUND[self.matched]}; {values}: {self.provenance})",
             f"{stop} segment_len={params.segment_len} "
-            f"min_seq_len={self.min_seq_len} min_query_len={self.min_query_len} "
+            f"min_seq_len={self.min_seq_len} {min_query} "
             f"layers: {changed} with thresholds of their own, {layers.count(None)} dense",
         ]
         overridden = sorted(name for name, origin in self.origins.items() if ADDITIONAL in origin)

@@ -30,6 +30,9 @@ def check(vllm_config) -> None:
         return
     if model_config.use_mla:
         compat.stop("the S2O backend does not support multi-head latent attention (MLA): start without the flag.")
+    # What is skipped depends on where a prompt is cut into chunks, and that on the other requests of a step.
+    if compat.batch_invariant():
+        compat.stop("the S2O backend does not support VLLM_BATCH_INVARIANT: unset it, or start without the flag.")
     from vllm_s2o.config import ConfigError
     from vllm_s2o.settings import resolve
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from vllm.config import AttentionConfig, CacheConfig, ModelConfig, VllmConfig
+from vllm.config import AttentionConfig, CacheConfig, ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 PAGE = 128
@@ -40,6 +40,16 @@ def vllm_config(model: ModelConfig, backend: str | None = "CUSTOM", **s2o) -> Vl
             attention_config=AttentionConfig(backend=backend),
             additional_config={"s2o": s2o} if s2o else {},
         )
+
+
+def speculative_config(config: VllmConfig, num_tokens: int) -> SpeculativeConfig:
+    """A drafter that needs no model."""
+    return SpeculativeConfig(
+        method="ngram",
+        num_speculative_tokens=num_tokens,
+        target_model_config=config.model_config,
+        target_parallel_config=config.parallel_config,
+    )
 
 
 def common_metadata(
