@@ -62,7 +62,8 @@ def measure(tokens: int) -> None:
         params = S2OParams(**variant)
         plan = attention.to_device(attention.plan_step([tokens], [tokens], params, NUM_KV_HEADS), device)
         out = torch.empty_like(query)
-        workspace = attention.allocate_workspace(plan.max_slots, device)
+        buffers = plan.buffers((NUM_KV_HEADS, HEAD_SIZE), params.num_classes)
+        workspace = attention.allocate(buffers, device)
         stage = attention.stages("auto", device)
 
         def run(plan=plan, params=params, out=out, workspace=workspace):
@@ -90,7 +91,7 @@ def measure(tokens: int) -> None:
         print(
             f"  {variant}: density {density:.3f} error {error:.1e} total {total:.2f} ms ranking {ranking:.2f} ms "
             f"attend {speed:.0f} TFLOP/s on visited pairs, {fa2 / total:.2f}x FA2, {len(plan.waves)} waves, "
-            f"workspace {5 * plan.max_slots >> 20} MiB",
+            f"workspace {sum(tensor.nbytes for tensor in workspace) >> 20} MiB",
             flush=True,
         )
 

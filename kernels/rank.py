@@ -22,16 +22,12 @@ import triton.language as tl
 
 from . import naive
 from .common import block_dim, dot_precision, split_slot
-from .tables import MAX_SCORED_TOGETHER
+from .tables import MAX_SCORED_TOGETHER, SORT_BLOCK, SPREAD_KEYS, table_words
 
 SCORE_KEYS = 128
 """Keys scored at a time."""
 SCORE_PART = 512
 """Keys scored by one program: what it must know of its segments it learns once."""
-SPREAD_KEYS = 1024
-"""Keys of the sample that one program takes: their partial moments are combined by whoever needs them."""
-SORT_BLOCK = 512
-"""Keys counted together, and placed together by one warp; below 2^16, which is what a running count may reach."""
 COUNTED_BLOCKS = 4
 """Blocks that one program counts."""
 
@@ -290,23 +286,31 @@ def rank_keys(
         max_history: the longest history among the segments.
         groups: [num_groups, 2] int32 on the device, from `tables.score_groups`: the segments of a group
             belong to one sequence and lie in falling order of history.
-        workspace: (slots, classes), int32 and uint8 of at least num_slots each; allocated when None.
+        workspace: (slots, classes, tables): int32 and uint8 of at least num_slots each, and int32 of at least
+            `tables.table_words`; allocated when None.
         place: the kernel of the last step, where there is a better one than this file's.
     """
     block_size, num_kv_heads, head_size = key_cache.shape[1:]
+    count, group = len(segments), query.shape[1] // num_kv_heads
     if workspace is None:
-        workspace = (query.new_empty(num_slots, dtype=torch.int32), query.new_empty(num_slots, dtype=torch.uint8))
-    slots, classes = workspace
+        words = table_words(count, num_kv_heads, count * num_kv_heads * max_history, head_size, num_classes)
+        sizes = ((num_slots, torch.int32), (num_slots, torch.uint8), (words, torch.int32))
+        workspace = tuple(query.new_empty(size, dtype=dtype) for size, dtype in sizes)
+    slots, classes, tables = workspace
     if not max_history:
         return slots
-    count, group = len(segments), query.shape[1] // num_kv_heads
-    mean = torch.empty(count, num_kv_heads, head_size, dtype=query.dtype, device=query.device)
+    num_parts = triton.cdiv(max_history, naive.SAMPLE_EVERY * SPREAD_KEYS)
+    num_blocks = triton.cdiv(max_history, SORT_BLOCK)
+    pairs = count * num_kv_heads
+    # Kernels are specialised on addresses by 16 bytes, so the largest comes first and all of them keep to that.
+    counts, mean, spread = tables.split_with_sizes(
+        [pairs * num_blocks * num_classes, pairs * head_size, len(tables) - pairs * (num_blocks * num_classes + head_size)]
+    )
+    mean, spread = mean.view(query.dtype), spread.view(torch.float32)
     dims = dict(D=head_size, BLOCK_D=block_dim(head_size))
     _pool[(count, num_kv_heads)](
         query, segments, mean, num_kv_heads, query.stride(0), query.stride(1), GROUP=group, ROWS=32, **dims
     )
-    num_parts = triton.cdiv(max_history, naive.SAMPLE_EVERY * SPREAD_KEYS)
-    spread = torch.empty(count, num_kv_heads, num_parts, 3, dtype=torch.float32, device=query.device)
     where = (*key_cache.stride(), block_table.stride(0))
     product = dict(
         PAGE=block_size, SEGMENTS=16 if len(groups) == count else MAX_SCORED_TOGETHER, KEYS=SCORE_KEYS,
@@ -321,8 +325,6 @@ def rank_keys(
         mean, key_cache, block_table, segments, groups, spread, classes, num_kv_heads, num_parts, *where,
         PART=SCORE_PART, CLASSES=num_classes, LOGISTIC=naive.LOGISTIC / math.log(2), **product,
     )  # fmt: skip
-    num_blocks = triton.cdiv(max_history, SORT_BLOCK)
-    counts = torch.empty(count, num_kv_heads, num_blocks, num_classes, dtype=torch.int32, device=query.device)
     sort = dict(BLOCK=SORT_BLOCK, CLASSES=num_classes)
     _count[(triton.cdiv(num_blocks, COUNTED_BLOCKS), num_kv_heads, count)](
         segments, classes, counts, num_kv_heads, num_blocks, BLOCKS=COUNTED_BLOCKS, **sort

@@ -4,8 +4,25 @@ from collections.abc import Sequence
 
 import torch
 
+from .naive import SAMPLE_EVERY
+
 MAX_SCORED_TOGETHER = 64
 """Segments whose mean queries form one matrix operand."""
+SORT_BLOCK = 512
+"""Keys counted together, and placed together by one warp; below 2^16, which is what a running count may reach."""
+SPREAD_KEYS = 1024
+"""Sampled keys that one program takes: their partial moments are combined by whoever needs them."""
+
+
+def table_words(num_segments: int, num_kv_heads: int, keys: int, head_size: int, num_classes: int) -> int:
+    """Words of 32 bits that the tables of a ranking take beside slots and classes: means, moments and counts.
+
+    Args:
+        keys: segments times KV heads times the longest history, or what bounds that.
+    """
+    pairs = num_segments * num_kv_heads
+    moments = 3 * (keys // (SPREAD_KEYS * SAMPLE_EVERY) + pairs)
+    return pairs * head_size + moments + num_classes * (keys // SORT_BLOCK + pairs)
 
 
 def as_table(rows, device: torch.device, dtype: torch.dtype = torch.int32) -> torch.Tensor:

@@ -57,6 +57,14 @@ class DevicePlan:
         """The longest list of slots that a wave needs."""
         return max((tables.wave.num_slots for tables in self.waves), default=0)
 
+    def buffers(self, cache_shape: tuple[int, int], num_classes: int) -> "Buffers":
+        """Workspace of the step; cache_shape: (num_kv_heads, head_size)."""
+        words = [
+            _words(len(tables.wave.segments), len(tables.wave.segments) * tables.wave.max_history, cache_shape, num_classes)
+            for tables in self.waves
+        ]
+        return _buffers(self.max_slots, max(words, default=0))
+
 
 def stages(implementation: Implementation, device: torch.device) -> ModuleType | SimpleNamespace:
     """rank_keys, order_queries and attend for a device ("auto") or by name."""
@@ -126,12 +134,29 @@ def device_thresholds(layers: Sequence[tuple[S2OParams, int]], device: torch.dev
     return [values[: len(row)] for values, row in zip(table, rows, strict=True)]
 
 
-def allocate_workspace(num_slots: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(slots, classes) for waves of up to `num_slots` entries."""
-    return (
-        torch.empty(num_slots, dtype=torch.int32, device=device),
-        torch.empty(num_slots, dtype=torch.uint8, device=device),
-    )
+Buffers = tuple[tuple[tuple[int], torch.dtype], ...]
+"""Shape and type of each buffer of a workspace: slots, classes, tables."""
+
+
+def _buffers(num_slots: int, words: int) -> Buffers:
+    return ((num_slots,), torch.int32), ((num_slots,), torch.uint8), ((words,), torch.int32)
+
+
+def _words(num_segments: int, total_history: int, cache_shape: tuple[int, int], num_classes: int) -> int:
+    from vllm_s2o.kernels.tables import table_words
+
+    num_kv_heads, head_size = cache_shape
+    return table_words(num_segments, num_kv_heads, total_history * num_kv_heads, head_size, num_classes)
+
+
+def most_buffers(num_slots: int, num_segments: int, cache_shape: tuple[int, int], num_classes: int) -> Buffers:
+    """What no step exceeds whose waves hold `num_slots` entries and which has `num_segments` segments, at most."""
+    return _buffers(num_slots, _words(num_segments, 2 * num_slots // cache_shape[0], cache_shape, num_classes))
+
+
+def allocate(buffers: Buffers, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """A workspace of one's own."""
+    return tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in buffers)
 
 
 def run(
@@ -145,7 +170,7 @@ def run(
     out: torch.Tensor,
     *,
     thresholds: torch.Tensor | None = None,
-    workspace: tuple[torch.Tensor, torch.Tensor] | None = None,
+    workspace: Sequence[torch.Tensor] | None = None,
     implementation: Implementation = "auto",
 ) -> torch.Tensor:
     """Attend the plan's rows, wave by wave, into `out`; other rows of `out` are left alone.

@@ -17,7 +17,7 @@ import torch
 
 from vllm_s2o import attention, compat, stats
 from vllm_s2o.config import ResolvedConfig, S2OParams
-from vllm_s2o.plan import dense_runs, workspace_slots
+from vllm_s2o.plan import dense_runs, most_segments, workspace_slots
 from vllm_s2o.settings import resolve
 
 logger = compat.logger()
@@ -236,9 +236,18 @@ class S2OImpl(DENSE.get_impl_cls()):
 
         vllm_config = get_current_vllm_config()
         self.s2o_draft = compat.loads_draft(vllm_config)
-        self._s2o_slots = 0
+        self._s2o_most: attention.Buffers = ()
         if not self.s2o_draft:
-            self._s2o_slots = reserved_slots(vllm_config, self.num_kv_heads, resolve(vllm_config))
+            config = resolve(vllm_config)
+            shape = (self.num_kv_heads, self.head_size)
+            self._s2o_most = attention.most_buffers(
+                reserved_slots(vllm_config, self.num_kv_heads, config),
+                most_segments(
+                    vllm_config.scheduler_config.max_num_batched_tokens, config.params.segment_len, config.min_query_len
+                ),
+                shape,
+                config.params.num_classes,
+            )
 
     def settle(self, layer, config: ResolvedConfig, problem: str | None = None) -> str | None:
         """Choose this layer's path. Returns the reason when it stays dense; `problem` is one that all layers have."""
@@ -261,14 +270,11 @@ class S2OImpl(DENSE.get_impl_cls()):
         self.s2o_params = params
         return None
 
-    def _workspace(self, num_slots: int):
-        return compat.reserve_workspace(((num_slots,), torch.int32), ((num_slots,), torch.uint8))
-
     def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs):
         work = getattr(attn_metadata, "s2o", None)
         if work is None:
-            if attn_metadata is None and self._s2o_slots:  # memory profiling: what a long prefill will need
-                self._workspace(self._s2o_slots)
+            if attn_metadata is None and self._s2o_most:  # memory profiling: what a long prefill will need
+                compat.reserve_workspace(*self._s2o_most)
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         params = self.s2o_params
         if params is None:
@@ -282,9 +288,10 @@ class S2OImpl(DENSE.get_impl_cls()):
             new = (None if tensor is None else tensor[rows] for tensor in (key, value))
             super().forward(layer, query[rows], *new, kv_cache, run.metadata, output[rows], *args, **kwargs)
         key_cache, value_cache, block_table = compat.caches(layer, self, kv_cache, attn_metadata.block_table)
+        workspace = compat.reserve_workspace(*work.plan.buffers((self.num_kv_heads, self.head_size), params.num_classes))
         visited = attention.run(
             query, key_cache, value_cache, block_table, work.plan, params, self.scale, output,
-            thresholds=work.thresholds.get(layer.layer_name), workspace=self._workspace(work.plan.max_slots),
+            thresholds=work.thresholds.get(layer.layer_name), workspace=workspace,
         )  # fmt: skip
         if work.step.sparse_layer(visited):
             report(work.step)

@@ -116,6 +116,11 @@ def workspace_slots(max_seq_len: int, max_tokens: int, segment_len: int, num_kv_
     return max(one, min(max_slots, (max_tokens // segment_len + 2) * one))
 
 
+def most_segments(max_tokens: int, segment_len: int, min_query_len: int) -> int:
+    """The most segments of any step: each row may begin and end inside one."""
+    return max_tokens // segment_len + 2 * (max_tokens // max(min_query_len, 1) + 1)
+
+
 def make_plan(
     query_lens: Sequence[int],
     seq_lens: Sequence[int],
@@ -132,7 +137,8 @@ def make_plan(
 
     Args:
         query_lens, seq_lens: per row of the batch; a row's queries are the last tokens of its sequence.
-        max_slots: the most index entries that one wave may hold; a single segment is never split.
+        max_slots: the most index entries that one wave may hold; a single segment is never split. Tables are as wide as
+            a wave's longest history: its segments times that stay below twice as much.
         by_position: tiles follow positions (else they follow the ranks of a query order).
         budget: share of the history that may be visited; None for all of it.
         seqs: the rows to attend here; all by default.
@@ -150,12 +156,13 @@ def make_plan(
     # Neighbours of one sequence stay together, so that they can be scored in one product.
     waves: list[Wave] = []
     batch: list[Segment] = []
-    used = 0
+    used = longest = 0
     for segment in reversed(segments):
         need = segment.history * num_kv_heads
-        if batch and used + need > max_slots:
+        longest = max(longest, need)
+        if batch and (used + need > max_slots or (len(batch) + 1) * longest > 2 * max_slots):
             waves.append(_wave(batch, used, tile_size, by_position))
-            batch, used = [], 0
+            batch, used, longest = [], 0, need
         batch.append(segment._replace(offset=used))
         used += need
     if batch:

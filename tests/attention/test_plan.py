@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_s2o.plan import causal_pairs, dense_runs, make_plan, workspace_slots
+from vllm_s2o.plan import causal_pairs, dense_runs, make_plan, most_segments, workspace_slots
 
 rows = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 500)), min_size=1, max_size=5)
 
@@ -18,6 +18,7 @@ def test_every_query_lies_in_one_tile(rows, by_position, max_slots):
     covered = []
     for wave in plan.waves:
         assert wave.num_slots <= max_slots or len(wave.segments) == 1
+        assert len(wave.segments) * 2 * wave.max_history <= 2 * max_slots or len(wave.segments) == 1
         end = 0
         for segment in wave.segments:
             assert segment.history % 64 == 0
@@ -52,6 +53,16 @@ def test_dense_runs():
     assert dense_runs([1, 9, 1, 1, 9, 0], [1, 4]) == [(0, 1), (2, 4)]
     assert dense_runs([9, 1], [0]) == [(1, 2)]
     assert dense_runs([9], [0]) == []
+
+
+@given(rows=rows, segment_len=st.sampled_from([16, 64, 512]))
+def test_most_segments(rows, segment_len):
+    query_lens = [q + 5 for q, _ in rows]
+    plan = make_plan(
+        query_lens, [q + before for q, (_, before) in zip(query_lens, rows, strict=True)], segment_len=segment_len,
+        tile_size=16, num_kv_heads=1, max_slots=10**9,
+    )  # fmt: skip
+    assert sum(len(w.segments) for w in plan.waves) <= most_segments(sum(query_lens), segment_len, 5)
 
 
 def test_workspace_holds_one_history_and_the_useful_number():

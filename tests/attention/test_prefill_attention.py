@@ -7,6 +7,7 @@ from triton.runtime.errors import OutOfResources
 
 from vllm_s2o import S2OParams, attention, prefill_attention
 from vllm_s2o.kernels import naive
+from vllm_s2o.plan import most_segments, workspace_slots
 
 IMPLEMENTATIONS = ["triton", "cuda"] if DEVICE.type == "cuda" else ["cpu", "triton"]
 DENSE = S2OParams(threshold=0, segment_len=64, tile_size=32, key_block=16)
@@ -147,6 +148,25 @@ def test_waves_change_nothing(implementation, monkeypatch):
     assert len(plans[0].waves) > 1
     assert all(len(w.segments) == 1 or w.num_slots <= 700 for w in plans[0].waves)
     torch.testing.assert_close(waves, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_workspace_of_a_large_model_is_bounded():
+    """Llama-3.1-8B at 131,072 tokens, whether in one chunk or beside many shorter prompts."""
+    shape, most = (8, 128), 2**29
+    for tokens in (131072, 8192):
+        slots = workspace_slots(131072, tokens, 512, 8, attention.MAX_SLOTS)
+        bound = attention.most_buffers(slots, most_segments(tokens, 512, 256), shape, 32)
+        assert size_of(bound) <= most
+        rows = [[tokens], [tokens // 2] + [256] * (tokens // 512)]
+        for query_lens in rows:
+            seq_lens = [131072, *[4096] * (len(query_lens) - 1)]
+            plan = attention.plan_step(query_lens, seq_lens, S2OParams(), 8, max_slots=slots)
+            used = attention.to_device(plan, torch.device("cpu")).buffers(shape, 32)
+            assert all(u[0][0] <= b[0][0] for u, b in zip(used, bound, strict=True))
+
+
+def size_of(buffers):
+    return sum(shape[0] * dtype.itemsize for shape, dtype in buffers)
 
 
 WARM = {
