@@ -387,9 +387,10 @@ def unsuitable(query, key_cache, value_cache, ordered: bool, tile_size: int) -> 
     strides = (key_cache.stride(), value_cache.stride())
     if strides[0][3] != 1 or strides[0][:2] != strides[1][:2]:
         return "cache strides"
-    # Rows are copied in pieces of 16 bytes and addressed in such steps, of which 32 bits count 64 GiB.
+    # Rows are copied in pieces of 16 bytes, which Triton believes of strides that are multiples of 16, and addressed in
+    # such steps, of which 32 bits count 64 GiB.
     steps = [s for stride in strides for s in stride[:3]]
-    if any(s % 8 for s in steps) or key_cache.data_ptr() % 16 or value_cache.data_ptr() % 16:
+    if any(s % 16 for s in steps) or key_cache.data_ptr() % 16 or value_cache.data_ptr() % 16:
         return "cache alignment"
     if key_cache.shape[0] * strides[0][0] // 8 >= 2**32:
         return "cache size"

@@ -287,6 +287,11 @@ def prefill_attention(
     from lengths it already has (`plan_step`, `to_device`, `run`).
     """
     _check(query, key_cache, value_cache, block_table, query_start_loc, seq_lens, scale, out)
+    _check_params(params, query.shape[1])
+    _require(
+        not (implementation == "triton" and query.dtype == torch.bfloat16 and query.device.type == "cpu"),
+        "Triton's interpreter, which runs the kernels on a CPU, computes in NumPy and knows no bfloat16",
+    )
     starts, lens = query_start_loc.tolist(), seq_lens.tolist()
     query_lens = [b - a for a, b in itertools.pairwise(starts)]
     _check_lengths(starts, query_lens, lens, query.shape[0], block_table.shape[1] * key_cache.shape[1])
@@ -359,6 +364,14 @@ def _check(query, key_cache, value_cache, block_table, query_start_loc, seq_lens
             f"out must be {query.dtype} {list(query.shape)} like query, got {out.dtype} {list(out.shape)}",
         )
         _require(out.stride(-1) == 1, f"out's last dimension must be dense, its stride is {out.stride(-1)}")
+
+
+def _check_params(params: S2OParams, num_heads: int) -> None:
+    _require(isinstance(params, S2OParams), f"params must be an S2OParams, got {type(params).__name__}")
+    try:
+        params.thresholds(num_heads)
+    except ValueError as error:
+        _require(False, str(error))
 
 
 def _check_lengths(starts: list[int], query_lens: list[int], lens: list[int], num_tokens: int, capacity: int) -> None:

@@ -255,6 +255,8 @@ def bad(change, message):
         bad(lambda c: {"query": c.query[:, :3]}, "multiple of the 2 KV heads"),
         bad(lambda c: {"query": c.query.half()}, "share one dtype"),
         bad(lambda c: {"scale": 0.0}, "scale must be above 0"),
+        bad(lambda c: {"params": {"threshold": 0.1}}, "params must be an S2OParams, got dict"),
+        bad(lambda c: {"params": S2OParams(threshold=(0.1, 0.2))}, "threshold lists 2 heads, the query has 4"),
         bad(lambda c: {"seq_lens": c.seq_lens.long()}, "seq_lens must be int32"),
         bad(lambda c: {"block_table": c.block_table[:1]}, "block_table must be int32 [2, max_blocks]"),
         bad(lambda c: {"query_start_loc": c.query_start_loc + 1}, "must ascend from 0"),
@@ -267,6 +269,13 @@ def bad(change, message):
 def test_bad_arguments(change, message):
     case = make_case([40, 50], [60, 50])
     with pytest.raises(ValueError, match="prefill_attention: ") as caught:
-        prefill_attention(**(case.arguments | change(case)), params=DENSE)
+        prefill_attention(**({"params": DENSE} | case.arguments | change(case)))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the kernels run on the GPU, where bfloat16 is tested")
+def test_bfloat16_is_not_interpreted():
+    case = make_case([40], [60], dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="knows no bfloat16"):
+        prefill_attention(**case.arguments, params=DENSE, implementation="triton")

@@ -1,6 +1,11 @@
 """The Gluon kernels against the Triton kernels that they stand in for: the same rankings, the same stops. They have no
 interpreter: without a GPU they are only compiled."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from cases import DEVICE, error_bar, make_case
@@ -86,6 +91,17 @@ def test_what_does_not_suit_takes_the_triton_kernel():
     params = S2OParams(threshold=0.02, segment_len=128)
     ours = prefill_attention(**case.arguments, params=params)
     assert torch.equal(ours, prefill_attention(**case.arguments, params=params, implementation="triton"))
+
+
+def test_compiled_for_a_hopper_gpu():
+    """By the installed Triton, whose Gluon is not that of other versions."""
+    script = Path(__file__).parents[1] / "helpers" / "compile_gluon.py"
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shared = dict(line.split() for line in done.stdout.splitlines() if line.startswith(("attend", "place")))
+    assert 0 < int(shared["attend"]) <= 227 * 1024
+    assert int(shared["place"]) == 0
 
 
 def test_giving_up_leaves_the_triton_kernels(monkeypatch):
