@@ -3,6 +3,8 @@
 import ast
 import configparser
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,19 +21,27 @@ CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "vllm_s2o").rglob("*.py"))
 
 
-def pip(*arguments: str | Path) -> None:
+def pip(*arguments: str | Path, cwd: Path = ROOT) -> str:
+    """Run pip, which must succeed, and return its warnings."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stderr
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """Built without a network from a clean copy of the checkout, its tests and benchmarks included."""
-    work = tmp_path_factory.mktemp("wheel")
-    source = work / "source"
+def source(tmp_path_factory) -> Path:
+    """A clean copy of the checkout, its tests and benchmarks included."""
+    copy = tmp_path_factory.mktemp("source") / "checkout"
     hidden = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist")
-    shutil.copytree(ROOT, source, ignore=hidden)
+    shutil.copytree(ROOT, copy, ignore=hidden)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    """Built without a network."""
+    work = tmp_path_factory.mktemp("wheel")
     pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", work, source)
     (built,) = work.glob("*.whl")
     return built
@@ -108,6 +118,21 @@ print(json.dumps([resolved.source, files, vllm_s2o.__path__]))
 @pytest.mark.parametrize("config", CONFIGS)
 def test_an_installed_wheel_reads_the_files_of_the_checkout(installed, config):
     assert (installed / "vllm_s2o" / "configs" / config).read_bytes() == (ROOT / "configs" / config).read_bytes()
+
+
+INSTALLS = re.findall(r"^ {4}pip install (.+)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+
+
+def test_readme_says_how_to_install():
+    assert {extra for line in INSTALLS for extra in re.findall(r"\[(\w+)\]", line)} >= {"cuda", "cpu"}
+
+
+@pytest.mark.parametrize("line", INSTALLS)
+def test_pip_understands_the_readme(source, line):
+    """All but the dependencies, which would take a network: pip reads the line, and the project has the extra."""
+    offline = ("--dry-run", "--ignore-installed", "--no-deps", "--no-index", "--no-build-isolation")
+    warnings = pip("install", *offline, *shlex.split(line, comments=True), cwd=source)
+    assert "does not provide the extra" not in warnings
 
 
 # -- the name `kernels` -----------------------------------------------------------------------------------------------
