@@ -363,6 +363,7 @@ BAD_FIELDS = {
     "override's tau a bool": ({"layers": [{**ALL, "threshold": False}]}, "'layers.0.threshold'", "false", OR_DENSE),
     "override's word": ({"layers": [{**ALL, "threshold": "Dense"}]}, "'layers.0.threshold'", '"Dense"', OR_DENSE),
     "override's unknown field": ({"layers": [{**ALL, "head": 1}]}, "'layers.0.head'", "allowed are layers, heads"),
+    "override's misspelt field": ({"layers": [{"layer": 0, "threshold": 0}]}, "'layers.0.layer'", "allowed are layers"),
     "layer a bool": ({"layers": [{**ALL, "layers": True}]}, "'layers.0.layers'", "true", RANGES),
     "layer below 0": ({"layers": [{**ALL, "layers": -1}]}, "'layers.0.layers'", "-1", RANGES),
     "layer a text": ({"layers": [{**ALL, "layers": "all"}]}, "'layers.0.layers'", '"all"', RANGES),
