@@ -165,9 +165,19 @@ def test_path_from_the_option_wins_over_the_environment(write):
     mine, env = write("min_seq_len: 11\n"), write("min_seq_len: 22\n", "env.yaml")
     assert load_config(OTHER, mine, env).min_seq_len == 11
     assert load_config(OTHER, None, env).min_seq_len == 22
-    assert load_config(OTHER, {}, env).min_seq_len == 4096
     config = load_config(SMOLLM2, {"config": mine, "threshold": 0.1}, env)
     assert (config.source, config.matched, config.min_seq_len, config.params.threshold) == (mine, "path", 11, 0.1)
+
+
+@pytest.mark.parametrize("given", [{}, {"threshold": 0.1}, {"config": None}], ids=json.dumps)
+def test_fields_lie_over_the_file_that_the_environment_names(write, given):
+    """Else the variable would be ignored without a word as soon as one field is overridden."""
+    env = write("min_seq_len: 22\nparams: {segment_len: 256}\n", "env.yaml")
+    config = load_config(SMOLLM2, given, env)
+    assert (config.source, config.matched) == (env, "path")
+    assert (config.min_seq_len, config.params.segment_len) == (22, 256)
+    assert config.params.threshold == given.get("threshold", 0.02)
+    assert_names(refusal(given, env="no.yaml"), "no.yaml", "VLLM_S2O_CONFIG", "no such file")
 
 
 def test_named_file_is_not_matched(write):

@@ -118,7 +118,7 @@ def load_config(
         traits: the model.
         additional: "s2o" of vLLM's --additional-config: a path, or fields that override; the field
             "config" among them is a path to start from. Parameters may stand at the top level.
-        env: a path, used when `additional` is None.
+        env: a path to start from where `additional` names none.
         configs_dir: directory of the files to match; the shipped ones by default.
 
     Raises:
@@ -132,10 +132,12 @@ def load_config(
 
 def _load(traits: ModelTraits, additional: Any, env: str | None, directory: Path | Traversable) -> ResolvedConfig:
     overrides: dict[str, Any] = {}
-    path, named_by = (env, ENVIRONMENT) if additional is None else (additional, ADDITIONAL)
+    path, named_by = additional, ADDITIONAL
     if isinstance(additional, dict):
         overrides = _lift_params(additional)
         path, named_by = overrides.pop("config", None), f"{ADDITIONAL}: the field 'config'"
+    if path is None:
+        path, named_by = env, ENVIRONMENT
     if path is None:
         fields, source, matched = _find(traits, directory)
     else:
