@@ -232,6 +232,33 @@ def test_rule_between_fields_is_judged_on_the_whole(write):
     assert_names(sentence, "my.yaml", OPTION, "'params.segment_len'", "192", "positive multiple of tile_size=128")
 
 
+BUDGET = {"params": {"budget": 0.1}}
+IN_VAIN = {
+    "threshold": ({"params": {"budget": 0.1, "threshold": 0.02}}, "params.threshold"),
+    "a layer's threshold": ({**BUDGET, "layers": [{"layers": 0, "threshold": 0.1}]}, "layers.0.threshold"),
+    "heads": ({**BUDGET, "layers": [{"layers": 0, "heads": 1, "threshold": "dense"}]}, "layers.0.threshold"),
+}
+
+
+@pytest.mark.parametrize("fields, field", IN_VAIN.values(), ids=IN_VAIN)
+def test_a_threshold_beside_a_budget_is_refused(write, fields, field):
+    words = (f"the field '{field}' has no effect with the budget 0.1 ('params.budget')", "leave one of them out")
+    assert_names(refusal(fields), OPTION, *words)
+    assert_names(refusal(write(yaml.safe_dump(fields))), "my.yaml: ", *words)
+    over_the_file = {name: value for name, value in fields.items() if name == "layers"} or {"threshold": 0.02}
+    assert_names(refusal({"config": write(yaml.safe_dump(BUDGET)), **over_the_file}), OPTION, *words)
+
+
+def test_a_budget_over_a_files_thresholds(write):
+    layers = [{"layers": 1, "threshold": 0.2}, {"layers": 0, "threshold": "dense"}]
+    path = write(yaml.safe_dump({"params": {"threshold": 0.1}, "layers": layers}))
+    config = load_config(OTHER, {"config": path, "budget": 0.25})
+    assert (config.params.budget, config.layer(0), config.layer(1).budget) == (0.25, None, 0.25)
+    assert "threshold" not in config.describe()[1]
+    assert "layers: 1 dense" in config.describe()[1]
+    assert load_config(OTHER, {"config": path, "budget": None, "threshold": 0.3}).params == S2OParams(threshold=0.3)
+
+
 def test_what_is_given_is_left_alone():
     given = {"threshold": 0.1, "params": {"tile_size": 64}, "layers": []}
     load_config(OTHER, given)
@@ -310,7 +337,7 @@ def test_describe_a_model_that_is_all_dense():
     assert "4 dense" in load_config(OTHER, {"layers": [{"layers": "0-3", "threshold": "dense"}]}).describe()[1]
 
 
-def test_digest():
+def test_digest(write):
     def digest(given=None, traits=OTHER):
         return load_config(traits, given).digest()
 
@@ -318,6 +345,7 @@ def test_digest():
     assert re.fullmatch("[0-9a-f]{12}", digest())
     assert digest() == digest({"threshold": 0.02}) == digest(traits=replace(OTHER, name="x"))
     assert digest({"layers": one}) == digest({"layers": two})
+    assert digest({"budget": 0.1}) == digest({"config": write("params: {threshold: 0.1}\n"), "budget": 0.1}) != digest()
     given = [None, {"threshold": 0.1}, {"segment_len": 256}, {"min_seq_len": 5}, {"min_query_len": 5}, {"layers": one}]
     assert len({digest(g) for g in given}) == len(given)
 

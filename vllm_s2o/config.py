@@ -86,13 +86,14 @@ class ResolvedConfig:
         changed = sum(layer != params for layer in sparse)
         values = "calibrated" if self.calibrated else "not calibrated"
         stop = f"threshold={threshold_range(sparse or [params])}"
-        if params.budget is not None:
-            stop = f"budget={params.budget:g} (WARNING: no stop rule, for benchmarks only)"
+        own = f"{changed} with thresholds of their own, "
+        if params.budget is not None:  # thresholds count for nothing then
+            stop, own = f"budget={params.budget:g} (WARNING: no stop rule, for benchmarks only)", ""
         lines = [
             f"config {self.source} ({_FOUND[self.matched]}; {values}: {self.provenance})",
             f"{stop} segment_len={params.segment_len} "
             f"min_seq_len={self.min_seq_len} min_query_len={self.min_query_len} "
-            f"layers: {changed} with thresholds of their own, {layers.count(None)} dense",
+            f"layers: {own}{layers.count(None)} dense",
         ]
         overridden = sorted(name for name, origin in self.origins.items() if ADDITIONAL in origin)
         if overridden:
@@ -102,7 +103,9 @@ class ResolvedConfig:
     def digest(self) -> str:
         """Short hash of everything that changes results, and of nothing else."""
         layers = [self.params, *(self.layer(i) for i in range(self.traits.num_layers))]
-        effective = [self.min_seq_len, self.min_query_len, *(layer and layer.model_dump() for layer in layers)]
+        unused = None if self.params.budget is None else {"threshold"}
+        dumped = [layer and layer.model_dump(exclude=unused) for layer in layers]
+        effective = [self.min_seq_len, self.min_query_len, *dumped]
         return hashlib.sha256(json.dumps(effective, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -143,6 +146,7 @@ def _load(traits: ModelTraits, additional: Any, env: str | None, directory: Path
     else:
         fields, source, matched = _read_path(path, named_by), str(path), "path"
     file = validate(ConfigFile, fields, source)
+    _refuse_unused_thresholds(fields, file, source)
     origins = dict.fromkeys(_dotted(ConfigFile().model_dump()), "default")
     origins |= dict.fromkeys(_dotted(fields), source)
     from_file = len(file.layers)
@@ -156,9 +160,26 @@ def _load(traits: ModelTraits, additional: Any, env: str | None, directory: Path
         elif from_file:
             merged["layers"], origins["layers"] = fields["layers"], source
         file = validate(ConfigFile, merged, f"{source} with {ADDITIONAL}")
+        _refuse_unused_thresholds(overrides, file, ADDITIONAL)
     resolved = ResolvedConfig(file, traits, source, matched, origins)
     _check_heads_and_layers(resolved, from_file)
     return resolved
+
+
+def _refuse_unused_thresholds(given: dict[str, Any], file: ConfigFile, source: str) -> None:
+    """A budget runs without a stop rule. It may lie over a file's thresholds, but nobody shall give one in vain."""
+    budget = file.params.budget
+    if budget is None:
+        return
+    unused = ["params.threshold"] if "threshold" in given.get("params", {}) else []
+    for number, override in enumerate(given.get("layers", ())):
+        if override["threshold"] != "dense" or override.get("heads") is not None:
+            unused.append(f"layers.{number}.threshold")
+    if unused:
+        raise ConfigError(
+            f"{source}: the field '{unused[0]}' has no effect with the budget {budget:g} ('params.budget'), "
+            "which has no stop rule; leave one of them out, or set the budget to null."
+        )
 
 
 def _lift_params(given: dict) -> dict[str, Any]:
