@@ -528,6 +528,15 @@ def test_missing_file():
     assert_names(refusal("a" * 5000), "cannot be read", "readable YAML config file is expected")
 
 
+def test_a_missing_file_of_a_relative_path_says_where_it_was_looked_for(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert_names(refusal("sub/no.yaml"), f"no such file (looked for {tmp_path}/sub/no.yaml);")
+    assert_names(refusal(env="no.yaml"), f"no such file (looked for {tmp_path}/no.yaml);")
+    assert_names(refusal("~/no.yaml"), "no such file (looked for /home/me/no.yaml);")
+    assert "looked for" not in refusal(f"{tmp_path}/no.yaml")
+
+
 def test_directory(tmp_path):
     assert_names(refusal(str(tmp_path)), tmp_path.name, "is a directory", "YAML config file is expected")
 
