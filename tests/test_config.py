@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from vllm_s2o import config_errors
 from vllm_s2o.config import ConfigError, ConfigFile, ModelTraits, S2OParams, load_config
+from vllm_s2o.plan import causal_pairs, make_plan
 
 SMOLLM2 = ModelTraits("HuggingFaceTB/SmolLM2-135M-Instruct", "LlamaForCausalLM", 30, 9, 3, 64)
 LLAMA = ModelTraits("meta-llama/Llama-3.1-8B-Instruct", "LlamaForCausalLM", 32, 32, 8, 128)
@@ -79,6 +80,19 @@ def test_smollm2_values():
     assert (config.min_seq_len, config.min_query_len) == (2048, 128)
     assert (config.params.segment_len, config.params.threshold) == (256, 0.02)
     assert [i for i in range(30) if config.layer(i) is None] == [0]
+
+
+def test_what_smollm2_says_of_segments_is_so():
+    """The shares in the file's comment, beside what a plan holds."""
+    text = files("vllm_s2o.configs").joinpath("smollm2-135m-instruct.yaml").read_text().replace("\n#", "")
+    said = re.search(
+        r"causal pairs of 8,192 tokens they are ([\d.]+) % with segments of 256, and ([\d.]+) % with 512", text
+    )
+    for share, segment_len in zip(said.groups(), (256, 512), strict=True):
+        plan = make_plan([8192], [8192], segment_len=segment_len, tile_size=128, num_kv_heads=3, max_slots=10**9)
+        segments = [segment for wave in plan.waves for segment in wave.segments]
+        inside = sum(causal_pairs(segment.num_queries, segment.num_queries) for segment in segments)
+        assert f"{100 * inside / plan.causal_pairs[0]:.1f}" == share
 
 
 @pytest.mark.parametrize("traits", [LLAMA, QWEN, OTHER], ids=lambda t: t.name)
