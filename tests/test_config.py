@@ -68,6 +68,14 @@ def test_shipped_file_is_valid_and_honest(name):
     assert "/work" not in text
 
 
+@pytest.mark.parametrize("name", [*SHIPPED, "default.yaml"])
+def test_shipped_file_leaves_no_parameter_to_the_code(name):
+    """Another default in the code must not change what a model runs with."""
+    fields = yaml.safe_load(files("vllm_s2o.configs").joinpath(name).read_text())
+    assert set(fields["params"]) == set(S2OParams.model_fields) - {"budget"}
+    assert {"min_seq_len", "min_query_len"} <= set(fields)
+
+
 def test_every_shipped_file_is_known_here():
     assert {entry.name for entry in files("vllm_s2o.configs").iterdir() if entry.name.endswith(".yaml")} == {
         *SHIPPED,
@@ -223,7 +231,8 @@ def test_origins():
     expected = {
         "params.threshold": OPTION,
         "params.segment_len": "smollm2-135m-instruct.yaml",
-        "params.tile_size": "default",
+        "params.tile_size": "smollm2-135m-instruct.yaml",
+        "params.budget": "default",
         "min_seq_len": "smollm2-135m-instruct.yaml",
         "layers": f"smollm2-135m-instruct.yaml, {OPTION}",
     }
