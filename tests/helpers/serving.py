@@ -1,13 +1,11 @@
 """Servers as the tests start them: small, on the CPU."""
 
 import contextlib
-import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
-from processes import ROOT
+from processes import ROOT, make
 
 from vllm_s2o.cli import server
 
@@ -33,11 +31,7 @@ class MakeServe(server.Server):
 
     def __init__(self, log: Path, *settings: str):
         super().__init__("", log, env={"VLLM_CPU_KVCACHE_SPACE": "2"}, name=MODEL_NAME)
-        make = ["make", "--silent", f"--directory={ROOT}", "serve-command", f"PORT={self.port}", *settings]
-        # `make test` hands its own settings on.
-        env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
-        made = subprocess.run(make, env=env, capture_output=True, text=True, check=True)
-        program, *args = shlex.split(made.stdout)
+        program, *args = shlex.split(make("serve-command", f"PORT={self.port}", *settings))
         self.command = [str(Path(sys.executable).with_name(Path(program).name)), *args]
 
     def launch(self) -> None:
