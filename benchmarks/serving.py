@@ -4,10 +4,11 @@
     python benchmarks/serving.py needles MODEL --out RESULT.json [--like OTHER.json]
     python benchmarks/serving.py latency MODEL --out RESULT.json [--tokens 32768] [--shape llama-3.1-8b]
 
-`needles` asks a served model for numbers hidden in prompts of 1K to 7.8K tokens, with and without S2O; `--like`
-compares the answers with those of another machine. `latency` serves a model with S2O and with FLASH_ATTN, one after
-the other, and runs the same long prompts against both; `--shape` takes a large model's dimensions with random weights
-and only the tokenizer of MODEL.
+`needles` asks a served model for numbers hidden in prompts of 1K to 7.8K tokens, with and without S2O, and fails where
+a long one was not sparse; `--like` compares the answers with those of another machine. `latency` serves a model with
+S2O and with FLASH_ATTN, one after the other, and runs the same long prompts against both; `--shape` takes a large
+model's dimensions with random weights and only the tokenizer of MODEL. Results name the commit; where the tree is a
+copy without its repository, the variable S2O_COMMIT may.
 """
 
 import argparse
@@ -15,18 +16,22 @@ import json
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from vllm_s2o.cli.environment import describe
 from vllm_s2o.cli.server import Server, vllm_command
 from vllm_s2o.quality.needles import Needle, needle
-from vllm_s2o.stats import prefills
+from vllm_s2o.stats import LOG_INTERVAL, Prefill, prefills
 
 FLAG = ("--attention-backend", "CUSTOM")
 LENGTHS = (1000, 4000, 7800)
+LONG = 4000
+"""Prompts of this length and above must be sparse."""
 DEPTHS = (0.1, 0.5, 0.9)
 START_SECONDS = 400
 
@@ -38,7 +43,7 @@ def our_lines(log: str) -> list[str]:
 
 
 def compiled_while_serving(log: str) -> list[str]:
-    """Warnings of vLLM's monitor for kernels compiled during inference (0.32 and later)."""
+    """Warnings of vLLM's monitor for kernels compiled during inference; 0.25.1 has it too."""
     return [line for line in log.splitlines() if " during inference: " in line]
 
 
@@ -58,23 +63,45 @@ def prompts(model: str) -> Iterator[Needle]:
             yield needle(length, depth, 1, lambda text: len(tokenizer(text).input_ids))
 
 
+def ask_one_by_one(server: Server, asked: Iterable[Needle]) -> tuple[dict[str, str], dict[str, list[Prefill]]]:
+    """Answers, and the steps that the log shows for each prompt."""
+    answers, steps, before = {}, {}, 0
+    for n in asked:
+        answers[n.name] = server.ask(n.prompt)
+        time.sleep(2 * LOG_INTERVAL)  # lines are held back: the next prompt's must not take their place
+        seen = prefills(server.log)
+        steps[n.name], before = seen[before:], len(seen)
+    return answers, steps
+
+
+def require_sparse(steps: dict[str, list[Prefill]]) -> None:
+    """A result in which S2O did nothing would look like a success: its answers are the dense ones."""
+    long = {name: mine for name, mine in steps.items() if int(name.split()[0]) >= LONG}
+    dense = [name for name, mine in long.items() if not any(step.density < 1 for step in mine)]
+    if dense:
+        names = "; ".join(dense)
+        sys.exit(f"serving.py: no step with a density below 1 for the prompts of {names}; nothing is written.")
+
+
 def needles(options: argparse.Namespace, logs: Path) -> dict[str, Any]:
     answers: dict[str, dict[str, str]] = {}
-    steps, said = [], []
+    steps, said = {}, []
     for backend in options.backends:
         flag = FLAG if backend == "S2O" else ()
         with serve(options.model, logs / f"needles-{backend}.log", [*flag, *options.server]) as server:
-            answers[backend] = {n.name: server.ask(n.prompt) for n in prompts(options.model)}
             if flag:
-                steps = [step._asdict() for step in prefills(server.log)]
+                answers[backend], steps = ask_one_by_one(server, prompts(options.model))
                 said = our_lines(server.log)
+                require_sparse(steps)
+            else:
+                answers[backend] = {n.name: server.ask(n.prompt) for n in prompts(options.model)}
     found = {n.name: n.number for n in prompts(options.model)}
     result = {
         "numbers": found,
         "answers": answers,
         "found": {backend: sum(found[n] in said for n, said in given.items()) for backend, given in answers.items()},
         "of": len(found),
-        "prefills": steps,
+        "prefills": {name: [step._asdict() for step in mine] for name, mine in steps.items()},
         "log": said,
     }
     if options.like and "S2O" in answers:

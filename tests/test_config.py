@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from vllm_s2o import config_errors
 from vllm_s2o.config import ConfigError, ConfigFile, ModelTraits, S2OParams, load_config
+from vllm_s2o.plan import causal_pairs, make_plan
 
 SMOLLM2 = ModelTraits("HuggingFaceTB/SmolLM2-135M-Instruct", "LlamaForCausalLM", 30, 9, 3, 64)
 LLAMA = ModelTraits("meta-llama/Llama-3.1-8B-Instruct", "LlamaForCausalLM", 32, 32, 8, 128)
@@ -67,6 +68,14 @@ def test_shipped_file_is_valid_and_honest(name):
     assert "/work" not in text
 
 
+@pytest.mark.parametrize("name", [*SHIPPED, "default.yaml"])
+def test_shipped_file_leaves_no_parameter_to_the_code(name):
+    """Another default in the code must not change what a model runs with."""
+    fields = yaml.safe_load(files("vllm_s2o.configs").joinpath(name).read_text())
+    assert set(fields["params"]) == set(S2OParams.model_fields) - {"budget"}
+    assert {"min_seq_len", "min_query_len"} <= set(fields)
+
+
 def test_every_shipped_file_is_known_here():
     assert {entry.name for entry in files("vllm_s2o.configs").iterdir() if entry.name.endswith(".yaml")} == {
         *SHIPPED,
@@ -79,6 +88,19 @@ def test_smollm2_values():
     assert (config.min_seq_len, config.min_query_len) == (2048, 128)
     assert (config.params.segment_len, config.params.threshold) == (256, 0.02)
     assert [i for i in range(30) if config.layer(i) is None] == [0]
+
+
+def test_what_smollm2_says_of_segments_is_so():
+    """The shares in the file's comment, beside what a plan holds."""
+    text = files("vllm_s2o.configs").joinpath("smollm2-135m-instruct.yaml").read_text().replace("\n#", "")
+    said = re.search(
+        r"causal pairs of 8,192 tokens they are ([\d.]+) % with segments of 256, and ([\d.]+) % with 512", text
+    )
+    for share, segment_len in zip(said.groups(), (256, 512), strict=True):
+        plan = make_plan([8192], [8192], segment_len=segment_len, tile_size=128, num_kv_heads=3, max_slots=10**9)
+        segments = [segment for wave in plan.waves for segment in wave.segments]
+        inside = sum(causal_pairs(segment.num_queries, segment.num_queries) for segment in segments)
+        assert f"{100 * inside / plan.causal_pairs[0]:.1f}" == share
 
 
 @pytest.mark.parametrize("traits", [LLAMA, QWEN, OTHER], ids=lambda t: t.name)
@@ -165,9 +187,19 @@ def test_path_from_the_option_wins_over_the_environment(write):
     mine, env = write("min_seq_len: 11\n"), write("min_seq_len: 22\n", "env.yaml")
     assert load_config(OTHER, mine, env).min_seq_len == 11
     assert load_config(OTHER, None, env).min_seq_len == 22
-    assert load_config(OTHER, {}, env).min_seq_len == 4096
     config = load_config(SMOLLM2, {"config": mine, "threshold": 0.1}, env)
     assert (config.source, config.matched, config.min_seq_len, config.params.threshold) == (mine, "path", 11, 0.1)
+
+
+@pytest.mark.parametrize("given", [{}, {"threshold": 0.1}, {"config": None}], ids=json.dumps)
+def test_fields_lie_over_the_file_that_the_environment_names(write, given):
+    """Else the variable would be ignored without a word as soon as one field is overridden."""
+    env = write("min_seq_len: 22\nparams: {segment_len: 256}\n", "env.yaml")
+    config = load_config(SMOLLM2, given, env)
+    assert (config.source, config.matched) == (env, "path")
+    assert (config.min_seq_len, config.params.segment_len) == (22, 256)
+    assert config.params.threshold == given.get("threshold", 0.02)
+    assert_names(refusal(given, env="no.yaml"), "no.yaml", "VLLM_S2O_CONFIG", "no such file")
 
 
 def test_named_file_is_not_matched(write):
@@ -199,7 +231,8 @@ def test_origins():
     expected = {
         "params.threshold": OPTION,
         "params.segment_len": "smollm2-135m-instruct.yaml",
-        "params.tile_size": "default",
+        "params.tile_size": "smollm2-135m-instruct.yaml",
+        "params.budget": "default",
         "min_seq_len": "smollm2-135m-instruct.yaml",
         "layers": f"smollm2-135m-instruct.yaml, {OPTION}",
     }
@@ -220,6 +253,33 @@ def test_rule_between_fields_is_judged_on_the_whole(write):
     assert load_config(OTHER, {"config": path, "segment_len": 320}).params.segment_len == 320
     sentence = refusal({"config": path, "tile_size": 128})
     assert_names(sentence, "my.yaml", OPTION, "'params.segment_len'", "192", "positive multiple of tile_size=128")
+
+
+BUDGET = {"params": {"budget": 0.1}}
+IN_VAIN = {
+    "threshold": ({"params": {"budget": 0.1, "threshold": 0.02}}, "params.threshold"),
+    "a layer's threshold": ({**BUDGET, "layers": [{"layers": 0, "threshold": 0.1}]}, "layers.0.threshold"),
+    "heads": ({**BUDGET, "layers": [{"layers": 0, "heads": 1, "threshold": "dense"}]}, "layers.0.threshold"),
+}
+
+
+@pytest.mark.parametrize("fields, field", IN_VAIN.values(), ids=IN_VAIN)
+def test_a_threshold_beside_a_budget_is_refused(write, fields, field):
+    words = (f"the field '{field}' has no effect with the budget 0.1 ('params.budget')", "leave one of them out")
+    assert_names(refusal(fields), OPTION, *words)
+    assert_names(refusal(write(yaml.safe_dump(fields))), "my.yaml: ", *words)
+    over_the_file = {name: value for name, value in fields.items() if name == "layers"} or {"threshold": 0.02}
+    assert_names(refusal({"config": write(yaml.safe_dump(BUDGET)), **over_the_file}), OPTION, *words)
+
+
+def test_a_budget_over_a_files_thresholds(write):
+    layers = [{"layers": 1, "threshold": 0.2}, {"layers": 0, "threshold": "dense"}]
+    path = write(yaml.safe_dump({"params": {"threshold": 0.1}, "layers": layers}))
+    config = load_config(OTHER, {"config": path, "budget": 0.25})
+    assert (config.params.budget, config.layer(0), config.layer(1).budget) == (0.25, None, 0.25)
+    assert "threshold" not in config.describe()[1]
+    assert "layers: 1 dense" in config.describe()[1]
+    assert load_config(OTHER, {"config": path, "budget": None, "threshold": 0.3}).params == S2OParams(threshold=0.3)
 
 
 def test_what_is_given_is_left_alone():
@@ -300,7 +360,7 @@ def test_describe_a_model_that_is_all_dense():
     assert "4 dense" in load_config(OTHER, {"layers": [{"layers": "0-3", "threshold": "dense"}]}).describe()[1]
 
 
-def test_digest():
+def test_digest(write):
     def digest(given=None, traits=OTHER):
         return load_config(traits, given).digest()
 
@@ -308,6 +368,7 @@ def test_digest():
     assert re.fullmatch("[0-9a-f]{12}", digest())
     assert digest() == digest({"threshold": 0.02}) == digest(traits=replace(OTHER, name="x"))
     assert digest({"layers": one}) == digest({"layers": two})
+    assert digest({"budget": 0.1}) == digest({"config": write("params: {threshold: 0.1}\n"), "budget": 0.1}) != digest()
     given = [None, {"threshold": 0.1}, {"segment_len": 256}, {"min_seq_len": 5}, {"min_query_len": 5}, {"layers": one}]
     assert len({digest(g) for g in given}) == len(given)
 
@@ -363,6 +424,7 @@ BAD_FIELDS = {
     "override's tau a bool": ({"layers": [{**ALL, "threshold": False}]}, "'layers.0.threshold'", "false", OR_DENSE),
     "override's word": ({"layers": [{**ALL, "threshold": "Dense"}]}, "'layers.0.threshold'", '"Dense"', OR_DENSE),
     "override's unknown field": ({"layers": [{**ALL, "head": 1}]}, "'layers.0.head'", "allowed are layers, heads"),
+    "override's misspelt field": ({"layers": [{"layer": 0, "threshold": 0}]}, "'layers.0.layer'", "allowed are layers"),
     "layer a bool": ({"layers": [{**ALL, "layers": True}]}, "'layers.0.layers'", "true", RANGES),
     "layer below 0": ({"layers": [{**ALL, "layers": -1}]}, "'layers.0.layers'", "-1", RANGES),
     "layer a text": ({"layers": [{**ALL, "layers": "all"}]}, "'layers.0.layers'", '"all"', RANGES),
@@ -487,6 +549,15 @@ def test_missing_file():
     assert_names(refusal("~nobody-of-that-name/no.yaml"), "no.yaml", "no such file")
     assert_names(refusal("a\nb.yaml"), "a b.yaml", "no such file")
     assert_names(refusal("a" * 5000), "cannot be read", "readable YAML config file is expected")
+
+
+def test_a_missing_file_of_a_relative_path_says_where_it_was_looked_for(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert_names(refusal("sub/no.yaml"), f"no such file (looked for {tmp_path}/sub/no.yaml);")
+    assert_names(refusal(env="no.yaml"), f"no such file (looked for {tmp_path}/no.yaml);")
+    assert_names(refusal("~/no.yaml"), "no such file (looked for /home/me/no.yaml);")
+    assert "looked for" not in refusal(f"{tmp_path}/no.yaml")
 
 
 def test_directory(tmp_path):

@@ -3,6 +3,8 @@
 import ast
 import configparser
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from processes import ROOT, run_python
+from processes import ROOT, make, run, run_python
 
 import vllm_s2o
 
@@ -19,10 +21,12 @@ CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "vllm_s2o").rglob("*.py"))
 
 
-def pip(*arguments: str | Path) -> None:
+def pip(*arguments: str | Path, cwd: Path = ROOT) -> str:
+    """Run pip, which must succeed, and return its warnings."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +120,21 @@ def test_an_installed_wheel_reads_the_files_of_the_checkout(installed, config):
     assert (installed / "vllm_s2o" / "configs" / config).read_bytes() == (ROOT / "configs" / config).read_bytes()
 
 
+INSTALLS = re.findall(r"^ {4}pip install (.+)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+
+
+def test_readme_says_how_to_install():
+    assert {extra for line in INSTALLS for extra in re.findall(r"\[(\w+)\]", line)} >= {"cuda", "cpu"}
+
+
+@pytest.mark.parametrize("line", INSTALLS)
+def test_pip_understands_the_readme(source, line):
+    """All but the dependencies, which would take a network: pip reads the line, and the project has the extra."""
+    offline = ("--dry-run", "--ignore-installed", "--no-deps", "--no-index", "--no-build-isolation")
+    warnings = pip("install", *offline, *shlex.split(line, comments=True), cwd=source)
+    assert "does not provide the extra" not in warnings
+
+
 # -- a checkout -------------------------------------------------------------------------------------------------------
 
 FOUND = """
@@ -155,11 +174,53 @@ def test_an_editable_install_gives_the_package_alone(source, tmp_path):
 FIND = "import importlib.util as u; s = u.find_spec('kernels'); print(s and [s.origin, *s.submodule_search_locations])"
 
 
+def is_ours(found: str) -> bool:
+    return str(ROOT) in found.replace(sys.prefix, "")
+
+
 def test_no_module_named_kernels_is_installed(tmp_path):
     """The name is that of Hugging Face's package, which may be installed or not."""
     found = run_python(FIND, tmp_path, PYTHONPATH="")
     assert found == "None" or "site-packages" in found
-    assert str(ROOT) not in found.replace(sys.prefix, "")
+    assert not is_ours(found)
+
+
+# From the repository's root: with the working directory on sys.path, Python takes kernels/ for a namespace package.
+# Whatever starts from the root keeps it off, or lives with it.
+
+
+def test_the_repository_has_a_directory_of_that_name():
+    """Else the tests below would prove nothing. Without site-packages: an installed package would be found instead."""
+    assert is_ours(run_python(FIND, ROOT, "-S", PYTHONPATH=""))
+
+
+def test_kernels_is_not_found_in_the_repository_with_a_safe_path():
+    assert not is_ours(run_python(FIND, ROOT, "-P", PYTHONPATH=""))
+
+
+def test_readme_runs_modules_with_a_safe_path():
+    commands = re.findall(r"^ {4}\S*python .*-m .+$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert commands
+    assert [command for command in commands if " -P " not in command] == []
+
+
+def test_kernels_is_not_found_in_the_repository_by_a_console_script(tmp_path):
+    """`vllm` or `pytest`: Python puts the script's own directory on the path."""
+    script = tmp_path / "script"
+    script.write_text(f"#!{sys.executable}\n{FIND}\n")
+    script.chmod(0o755)
+    assert not is_ours(run([script], ROOT, PYTHONPATH=""))
+
+
+def test_kernels_is_not_found_in_the_repository_under_make():
+    rule = f'find: ; @{sys.executable} -c "{FIND}"'
+    assert not is_ours(make(f"--eval={rule}", "find", PYTHONPATH=""))
+
+
+def test_transformers_loads_a_model_in_the_repository_all_the_same():
+    """In the plain case too, without a safe path."""
+    code = "import sys, transformers.models.llama.modeling_llama as llama; print(sys.path[0] == '', llama.__name__)"
+    assert run_python(code, ROOT, PYTHONPATH="") == "True transformers.models.llama.modeling_llama"
 
 
 def test_transformers_finds_the_same_kernels_from_the_repository(tmp_path):

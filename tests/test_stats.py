@@ -119,6 +119,16 @@ def test_density_weighs_steps_by_their_pairs(clock):
     assert Totals().density == 1.0
 
 
+def test_nearly_all_pairs_are_not_all_of_them(clock):
+    """Else a log could not show that nothing was skipped."""
+    lines = []
+    reporter = Reporter(lines.append, interval=0)
+    reporter.tell(*finished(1_999_998, causal=1_000_000))
+    reporter.tell(*finished(2_000_000, causal=1_000_000))
+    assert [step.density for step in prefills("\n".join(lines))] == [0.999, 1.0]
+    assert [line.rpartition(" ")[2] for line in lines] == ["density=0.999", "density=0.999"]
+
+
 def test_a_step_of_dense_layers_alone(clock):
     """It has no pairs to divide by, adds its tokens, and leaves the density of the sparse layers as it was."""
     lines = []

@@ -86,8 +86,9 @@ class ResolvedConfig:
         changed = sum(layer != params for layer in sparse)
         values = "calibrated" if self.calibrated else "not calibrated"
         stop = f"threshold={threshold_range(sparse or [params])}"
-        if params.budget is not None:
-            stop = f"budget={params.budget:g} (WARNING: no stop rule, for benchmarks only)"
+        own = f"{changed} with thresholds of their own, "
+        if params.budget is not None:  # thresholds count for nothing then
+            stop, own = f"budget={params.budget:g} (WARNING: no stop rule, for benchmarks only)", ""
         min_query = f"min_query_len={min_query_len or self.min_query_len}"
         if min_query_len not in (None, self.min_query_len):
             min_query += f" (not {self.min_query_len}: decode stays dense)"
@@ -95,7 +96,7 @@ class ResolvedConfig:
             f"config {self.source} ({_FOUND[self.matched]}; {values}: {self.provenance})",
             f"{stop} segment_len={params.segment_len} "
             f"min_seq_len={self.min_seq_len} {min_query} "
-            f"layers: {changed} with thresholds of their own, {layers.count(None)} dense",
+            f"layers: {own}{layers.count(None)} dense",
         ]
         overridden = sorted(name for name, origin in self.origins.items() if ADDITIONAL in origin)
         if overridden:
@@ -105,7 +106,9 @@ class ResolvedConfig:
     def digest(self) -> str:
         """Short hash of everything that changes results, and of nothing else."""
         layers = [self.params, *(self.layer(i) for i in range(self.traits.num_layers))]
-        effective = [self.min_seq_len, self.min_query_len, *(layer and layer.model_dump() for layer in layers)]
+        unused = None if self.params.budget is None else {"threshold"}
+        dumped = [layer and layer.model_dump(exclude=unused) for layer in layers]
+        effective = [self.min_seq_len, self.min_query_len, *dumped]
         return hashlib.sha256(json.dumps(effective, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -121,7 +124,7 @@ def load_config(
         traits: the model.
         additional: "s2o" of vLLM's --additional-config: a path, or fields that override; the field
             "config" among them is a path to start from. Parameters may stand at the top level.
-        env: a path, used when `additional` is None.
+        env: a path to start from where `additional` names none.
         configs_dir: directory of the files to match; the shipped ones by default.
 
     Raises:
@@ -135,15 +138,18 @@ def load_config(
 
 def _load(traits: ModelTraits, additional: Any, env: str | None, directory: Path | Traversable) -> ResolvedConfig:
     overrides: dict[str, Any] = {}
-    path, named_by = (env, ENVIRONMENT) if additional is None else (additional, ADDITIONAL)
+    path, named_by = additional, ADDITIONAL
     if isinstance(additional, dict):
         overrides = _lift_params(additional)
         path, named_by = overrides.pop("config", None), f"{ADDITIONAL}: the field 'config'"
+    if path is None:
+        path, named_by = env, ENVIRONMENT
     if path is None:
         fields, source, matched = _find(traits, directory)
     else:
         fields, source, matched = _read_path(path, named_by), str(path), "path"
     file = validate(ConfigFile, fields, source)
+    _refuse_unused_thresholds(fields, file, source)
     origins = dict.fromkeys(_dotted(ConfigFile().model_dump()), "default")
     origins |= dict.fromkeys(_dotted(fields), source)
     from_file = len(file.layers)
@@ -157,9 +163,26 @@ def _load(traits: ModelTraits, additional: Any, env: str | None, directory: Path
         elif from_file:
             merged["layers"], origins["layers"] = fields["layers"], source
         file = validate(ConfigFile, merged, f"{source} with {ADDITIONAL}")
+        _refuse_unused_thresholds(overrides, file, ADDITIONAL)
     resolved = ResolvedConfig(file, traits, source, matched, origins)
     _check_heads_and_layers(resolved, from_file)
     return resolved
+
+
+def _refuse_unused_thresholds(given: dict[str, Any], file: ConfigFile, source: str) -> None:
+    """A budget runs without a stop rule. It may lie over a file's thresholds, but nobody shall give one in vain."""
+    budget = file.params.budget
+    if budget is None:
+        return
+    unused = ["params.threshold"] if "threshold" in given.get("params", {}) else []
+    for number, override in enumerate(given.get("layers", ())):
+        if override["threshold"] != "dense" or override.get("heads") is not None:
+            unused.append(f"layers.{number}.threshold")
+    if unused:
+        raise ConfigError(
+            f"{source}: the field '{unused[0]}' has no effect with the budget {budget:g} ('params.budget'), "
+            "which has no stop rule; leave one of them out, or set the budget to null."
+        )
 
 
 def _lift_params(given: dict) -> dict[str, Any]:

@@ -54,6 +54,8 @@ def validate(model: type[Settings], fields: dict[str, Any], source: str, partial
         return model.model_validate(fields)
     except ValidationError as error:
         errors = [e for e in error.errors() if not (partial and e["type"] == NOT_WHOLE_TILES)]
+        # A field is often missing because its name is misspelt: the unknown one is what the user looks for.
+        errors.sort(key=lambda e: e["type"] == "missing")
         if errors:
             raise ConfigError(_sentence(errors, model, source)) from None
 

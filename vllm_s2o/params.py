@@ -14,7 +14,7 @@ Threshold = Annotated[float, Field(ge=0, lt=1, strict=True, allow_inf_nan=False)
 
 
 class S2OParams(BaseModel):
-    """Parameters of `prefill_attention`. The defaults come from the project's trials on real attention."""
+    """Parameters of `prefill_attention`. The defaults were chosen by hand, not searched."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -45,6 +45,13 @@ class Step:
         return self.dense_layer()
 
 
+def density(visited: int, causal: int) -> float:
+    """Share of the pairs, for three digits: 1 says that every one was visited, not that nearly all were."""
+    if visited < causal:
+        return min(visited / causal, 0.999)
+    return visited / causal if causal else 1.0
+
+
 @dataclass
 class Totals:
     steps: int = 0
@@ -54,7 +61,7 @@ class Totals:
 
     @property
     def density(self) -> float:
-        return self.visited / self.causal if self.causal else 1.0
+        return density(self.visited, self.causal)
 
 
 def _numbers(values: list[int]) -> str:
@@ -111,7 +118,7 @@ class Reporter:
         totals.causal += causal
         line = (
             f"s2o: prefill query={_numbers(step.query_lens)} seq={_numbers(step.seq_lens)} "
-            f"density={visited / causal if causal else 1.0:.3f} sparse_layers={step.sparse}/{step.num_layers} | "
+            f"density={density(visited, causal):.3f} sparse_layers={step.sparse}/{step.num_layers} | "
             f"total steps={totals.steps} tokens={totals.tokens} density={totals.density:.3f}"
         )
         with self._lock:

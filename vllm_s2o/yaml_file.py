@@ -72,7 +72,9 @@ def _bytes(path: Path, name: str) -> bytes:
             kind = "a directory" if stat.S_ISDIR(mode) else "no regular file"
             raise ConfigError(f"{name} is {kind}; a path to a YAML config file is expected.")
     except FileNotFoundError:
-        raise ConfigError(f"{name}: there is no such file; a path to a YAML config file is expected.") from None
+        # A server may have been started in another directory than its user thinks of.
+        looked = "" if str(path.absolute()) in name else f" (looked for {path.absolute()})"
+        raise ConfigError(f"{name}: there is no such file{looked}; a path to a YAML config file is expected.") from None
     except IsADirectoryError:
         raise ConfigError(f"{name} is a directory; a path to a YAML config file is expected.") from None
     except OSError as error:

@@ -1,10 +1,17 @@
 """Servers as the tests start them: small, on the CPU."""
 
+import contextlib
+import shlex
+import sys
 from pathlib import Path
+
+from processes import ROOT, make
 
 from vllm_s2o.cli import server
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
+MADE_HERE = ROOT / ".models" / MODEL_NAME
+"""The checkpoint that `make serve` and `make test` make."""
 BASE_ARGS = [
     *("--enforce-eager", "--no-enable-prefix-caching", "--gpu-memory-utilization", "0.5"),
     *("--max-model-len", "8192", "--max-num-batched-tokens", "8192", "--max-num-seqs", "8"),
@@ -17,3 +24,16 @@ class Server(server.Server):
     def __init__(self, model: Path, log: Path, args: tuple[str, ...] = (), env: dict[str, str] | None = None):
         env = {"VLLM_CPU_KVCACHE_SPACE": "2", **(env or {})}
         super().__init__(model, log, [*BASE_ARGS, *args], env, name=MODEL_NAME)
+
+
+class MakeServe(server.Server):
+    """The command of `make serve`, flag for flag, in the environment that the tests run in."""
+
+    def __init__(self, log: Path, *settings: str):
+        super().__init__("", log, env={"VLLM_CPU_KVCACHE_SPACE": "2"}, name=MODEL_NAME)
+        program, *args = shlex.split(make("serve-command", f"PORT={self.port}", *settings))
+        self.command = [str(Path(sys.executable).with_name(Path(program).name)), *args]
+
+    def launch(self) -> None:
+        with contextlib.chdir(ROOT):  # the model's directory is relative
+            super().launch()

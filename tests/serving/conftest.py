@@ -7,9 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
-from serving import FP32, S2O, Server
+from serving import FP32, MADE_HERE, S2O, Server
 
-REPOSITORY = Path(__file__).parents[2]
 LIST_IMPORTS = {"PYTHONPROFILEIMPORTTIME": "1"}
 """The server's log then lists what its processes import."""
 
@@ -21,9 +20,8 @@ def model() -> Path:
 
     if "S2O_TEST_MODEL" in os.environ:
         return Path(os.environ["S2O_TEST_MODEL"])
-    directory = REPOSITORY / ".models" / "SmolLM2-135M-Instruct"
-    prepare(directory)
-    return directory
+    prepare(MADE_HERE)
+    return MADE_HERE
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,18 @@
 """A config that cannot be used stops the server at once, with one sentence at the end of its output."""
 
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
+from processes import ROOT
 from serving import S2O, Server
 
 pytestmark = pytest.mark.serving
 
-# name: what is given, and what the sentence must name: the file or option, the field, what is allowed
-BAD = {
+# name: what the option holds, and what the sentence must name: the file or option, the field, what is allowed
+OPTIONS = {
     "missing file": ("missing.yaml", ["missing.yaml", "no such file", "YAML config file is expected"]),
     "unknown key": ({"treshold": 0.1}, ["additional-config", "'treshold'", "allowed", "threshold"]),
     "tau out of range": ({"threshold": 1.5}, ["additional-config", "threshold", "1.5", "from 0 up to"]),
@@ -16,26 +20,55 @@ BAD = {
         {"layers": [{"layers": "28-30", "threshold": "dense"}]},
         ["additional-config", "layers.0.layers", "30", "0 to 29"],
     ),
-    "ambiguous": (
+    "head that the model lacks": (
+        {"layers": [{"layers": 1, "heads": [0, "8-9"], "threshold": 0.1}]},
+        ["additional-config", "layers.0.heads", "8-9", "0 to 8"],
+    ),
+    "field given twice": (
         {"threshold": 0.1, "params": {"threshold": 0.2}},
         ["additional-config", "threshold", "twice", "once"],
     ),
 }
+# name: what a file holds that VLLM_S2O_CONFIG names, and words
+FILES = {
+    "unknown key in a file": ("params: {tile_sise: 64}\n", [".yaml", "params.tile_sise", "allowed", "tile_size"]),
+    "broken YAML": ("params: [1\n", [".yaml", "VLLM_S2O_CONFIG", "not valid YAML in line 2"]),
+}
+AMBIGUOUS = {
+    "ambiguous match": ["mine.yaml and smollm2-135m-instruct.yaml both match", "'match'", "exactly one may"],
+}
+WORDS = {name: words for name, (_, words) in (OPTIONS | FILES).items()} | AMBIGUOUS
+
+
+def checkout_with_a_second_file(directory: Path) -> Path:
+    """A checkout whose user has copied SmolLM2's file: the shipped ones fit no model twice."""
+    for name in ("vllm_s2o", "kernels", "configs"):
+        shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
+    configs = directory / "configs"
+    shutil.copy(configs / "smollm2-135m-instruct.yaml", configs / "mine.yaml")
+    return directory
 
 
 @pytest.fixture(scope="module")
 def ended(model, log_dir):
     """Exit status and output per case. All start together: most of their time is vLLM's import."""
-    servers = {}
-    for name, (given, _) in BAD.items():
-        args = (*S2O, "--additional-config", json.dumps({"s2o": given}))
-        servers[name] = Server(model, log_dir / f"bad {name}.log", args)
-    file = log_dir / "typo.yaml"
-    file.write_text("params: {tile_sise: 64}\n")
-    servers["file from the environment"] = Server(model, log_dir / "bad env.log", S2O, {"VLLM_S2O_CONFIG": str(file)})
-    for server in servers.values():
+
+    def start(name, args=(), env=None):
+        server = Server(model, log_dir / f"bad {name}.log", (*S2O, *args), env)
         server.launch()
+        servers[name] = server
+
+    servers = {}
     try:
+        for name, (given, _) in OPTIONS.items():
+            start(name, ("--additional-config", json.dumps({"s2o": given})))
+        for name, (text, _) in FILES.items():
+            file = log_dir / f"{name}.yaml"
+            file.write_text(text)
+            start(name, env={"VLLM_S2O_CONFIG": str(file)})
+        for name in AMBIGUOUS:
+            path = [str(checkout_with_a_second_file(log_dir / name)), os.environ.get("PYTHONPATH", "")]
+            start(name, env={"PYTHONPATH": os.pathsep.join(filter(None, path))})
         yield {name: (server.process.wait(180), server.log) for name, server in servers.items()}
     finally:
         for server in servers.values():
@@ -46,21 +79,14 @@ def last_line(log: str) -> str:
     return [line for line in log.splitlines() if line.strip()][-1]
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", WORDS)
 def test_sentence(ended, name):
     status, log = ended[name]
     sentence = last_line(log)
     assert status != 0
     assert sentence.startswith("vllm-s2o: ")
     assert sentence.endswith(".")
-    for word in BAD[name][1]:
+    for word in WORDS[name]:
         assert word in sentence
     assert "Engine core initialization failed" not in log
     assert "Traceback" not in log
-
-
-def test_file_from_the_environment(ended):
-    status, log = ended["file from the environment"]
-    assert status != 0
-    for word in ("vllm-s2o: ", "typo.yaml", "params.tile_sise", "allowed", "tile_size"):
-        assert word in last_line(log)

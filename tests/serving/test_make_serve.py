@@ -1,0 +1,48 @@
+"""README's first steps: `make serve` with nothing changed, and the request that README sends."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from serving import MADE_HERE, MODEL_NAME, MakeServe
+
+from vllm_s2o.stats import prefills
+
+pytestmark = pytest.mark.serving
+
+
+def totals(log: str) -> tuple[int, int, float]:
+    """Steps, tokens and density of all long prefills so far: lines about single steps may be left out, totals miss
+    nothing."""
+    steps, tokens, density = re.findall(r"\| total steps=(\d+) tokens=(\d+) density=([0-9.]+)", log)[-1]
+    return int(steps), int(tokens), float(density)
+
+
+@pytest.fixture(scope="module")
+def server(model, log_dir):
+    settings = [] if model == MADE_HERE else [f"MODEL={model}", f"ARGS=--served-model-name {MODEL_NAME}"]
+    with MakeServe(log_dir / "make serve.log", *settings) as server:
+        yield server
+
+
+def test_the_needle_of_readme(server, model):
+    command = [sys.executable, "-P", "-m", "vllm_s2o.quality.needles", str(model), "--name", MODEL_NAME]
+    made = subprocess.run(command, capture_output=True, text=True, check=True)
+    number = re.fullmatch(r"the number is (\d+)", made.stderr.splitlines()[-1])[1]
+    answer = server.client.chat.completions.create(**json.loads(made.stdout))
+    assert number in answer.choices[0].message.content
+
+    prompt, deadline = answer.usage.prompt_tokens, time.monotonic() + 10
+    assert prompt > 7700
+    while totals(server.log)[1] < prompt and time.monotonic() < deadline:
+        time.sleep(0.2)  # a line may be held back for a second
+    steps, tokens, density = totals(server.log)
+    assert tokens == prompt, "a part of the prompt ran dense"
+    assert 0 < density < 0.5
+    assert steps == 4, "vLLM cuts the prompt as README's log shows"
+    for step in prefills(server.log):
+        assert step.density < 1
+        assert step.sparse_layers > step.num_layers / 2
