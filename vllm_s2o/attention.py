@@ -77,6 +77,11 @@ def stages(implementation: Implementation, device: torch.device) -> ModuleType |
     return SimpleNamespace(rank_keys=rank.rank_keys, order_queries=rank.order_queries, attend=prefill.attend)
 
 
+def describe(device: torch.device) -> str:
+    """What computes on a device, for the log."""
+    return stages("auto", device).describe(device) if device.type == "cuda" else "the CPU path"
+
+
 def plan_step(
     query_lens: list[int],
     seq_lens: list[int],

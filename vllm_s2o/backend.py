@@ -127,7 +127,7 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
         if self.s2o_layers:  # none where a draft has a builder of its own
             for line in self.s2o.describe(self.s2o_min_query):
                 say_once(line)
-            path = "Triton kernels" if self.device.type == "cuda" else "the CPU path"
+            path = attention.describe(self.device)
             line = f"{self.num_sparse} of {len(self.s2o_layers)} attention layers take {path} for long prefills"
             say_once(line, logging.INFO if self.num_sparse else logging.WARNING)
         for reason, names in dense.items():
