@@ -1,10 +1,11 @@
-"""Servers as the tests start them: small, on the CPU."""
+"""Servers as the tests start them: small, on the CPU or on a GPU."""
 
 import contextlib
 import shlex
 import sys
 from pathlib import Path
 
+import torch
 from processes import ROOT, make
 
 from vllm_s2o.cli import server
@@ -12,12 +13,18 @@ from vllm_s2o.cli import server
 MODEL_NAME = "SmolLM2-135M-Instruct"
 MADE_HERE = ROOT / ".models" / MODEL_NAME
 """The checkpoint that `make serve` and `make test` make."""
+CUDA = torch.cuda.is_available()
+# Up to four servers live side by side, and each one takes its share of a GPU when it starts. On the CPU the share only
+# has to be free.
+SHARE = ("--gpu-memory-utilization", "0.15" if CUDA else "0.5")
 BASE_ARGS = [
-    *("--enforce-eager", "--no-enable-prefix-caching", "--gpu-memory-utilization", "0.5"),
+    *("--enforce-eager", "--no-enable-prefix-caching", *SHARE),
     *("--max-model-len", "8192", "--max-num-batched-tokens", "8192", "--max-num-seqs", "8"),
 ]
 S2O = ("--attention-backend", "CUSTOM")
-FP32 = ("--dtype", "float32")
+EXACT = not CUDA
+"""Whether there is a precision in which two ways to compute one thing agree: FLASH_ATTN takes no fp32."""
+PRECISION = ("--dtype", "float32" if EXACT else "bfloat16")
 
 
 class Server(server.Server):

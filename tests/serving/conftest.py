@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from serving import FP32, MADE_HERE, S2O, Server
+from serving import MADE_HERE, PRECISION, S2O, Server
 
 LIST_IMPORTS = {"PYTHONPROFILEIMPORTTIME": "1"}
 """The server's log then lists what its processes import."""
@@ -52,8 +52,9 @@ def s2o(model, log_dir):
 
 
 @pytest.fixture(scope="module")
-def dense_fp32(model, log_dir):
-    with Server(model, log_dir / "dense_fp32.log", FP32) as server:
+def reference(model, log_dir):
+    """Without the flag, as exact as it gets."""
+    with Server(model, log_dir / "reference.log", PRECISION) as server:
         yield server
 
 
@@ -62,5 +63,5 @@ def s2o_tau0(model, log_dir):
     """Nothing is ever skipped, on the sparse path all the same; prompts in chunks, for which no border may matter.
     By the backend's other name."""
     args = ("--attention-backend", "S2O", "--additional-config", '{"s2o": {"threshold": 0}}')
-    with Server(model, log_dir / "s2o_tau0.log", (*FP32, *args, "--max-num-batched-tokens", "1100")) as server:
+    with Server(model, log_dir / "s2o_tau0.log", (*PRECISION, *args, "--max-num-batched-tokens", "1100")) as server:
         yield server

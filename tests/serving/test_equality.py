@@ -1,9 +1,15 @@
-"""With tau = 0 nothing is skipped: in fp32 the sparse path must say what dense attention says."""
+"""With tau = 0 nothing is skipped: the sparse path must say what dense attention says, in fp32 to the letter.
+
+On a GPU there is no fp32 to compare in. In bf16 each path rounds in its own way and a token here or there may differ,
+so that log-probabilities of the prompts are compared by their mean difference. That finds wrong rows and masks; that
+nothing is skipped the density says, for rounding changes more than a small tau does.
+"""
 
 from concurrent.futures import ThreadPoolExecutor
+from statistics import mean
 
 import pytest
-from serving import MODEL_NAME
+from serving import EXACT, MODEL_NAME
 
 from vllm_s2o.quality.needles import needle
 from vllm_s2o.stats import prefills
@@ -11,6 +17,8 @@ from vllm_s2o.stats import prefills
 pytestmark = pytest.mark.serving
 
 TOLERANCE = 1e-3
+MEAN_TOLERANCE_BF16 = 0.05
+"""Three times what the two paths of the CPU differ by in bf16 (0.014 to 0.017 on these prompts)."""
 
 
 @pytest.fixture(scope="module")
@@ -18,36 +26,44 @@ def prompts(count_tokens):
     return [needle(length, 0.5, 2, count_tokens).prompt for length in (3000, 2200, 700)]
 
 
-def complete(server, prompt, **extra):
+def complete(server, prompt):
     answer = server.client.completions.create(
-        model=MODEL_NAME, prompt=prompt, max_tokens=12, temperature=0, logprobs=5, extra_body=extra
+        model=MODEL_NAME, prompt=prompt, max_tokens=12, temperature=0, logprobs=5, extra_body={"prompt_logprobs": 1}
     )
     return answer.choices[0]
 
 
 @pytest.fixture(scope="module")
-def expected(dense_fp32, prompts):
-    return [complete(dense_fp32, prompt, prompt_logprobs=1) for prompt in prompts]
+def expected(reference, prompts):
+    return [complete(reference, prompt) for prompt in prompts]
+
+
+def prompt_differences(got, want) -> list[float]:
+    """Per token of the prompt, how far its log-probabilities lie apart."""
+    differences = []
+    # The first token has none. Each of the others: the prompt's own token, and the likeliest.
+    for ours, theirs in zip(got.prompt_logprobs[1:], want.prompt_logprobs[1:], strict=True):
+        shared = ours.keys() & theirs.keys()
+        assert shared
+        differences.append(max(abs(ours[token]["logprob"] - theirs[token]["logprob"]) for token in shared))
+    return differences
 
 
 def assert_same_answer(got, want):
+    differences = prompt_differences(got, want)
+    if not EXACT:
+        assert mean(differences) <= MEAN_TOLERANCE_BF16
+        return
+    assert max(differences) <= TOLERANCE
     assert got.text == want.text
     for ours, theirs in zip(got.logprobs.top_logprobs, want.logprobs.top_logprobs, strict=True):
         assert ours == pytest.approx(theirs, abs=TOLERANCE)
 
 
 def test_answers_and_log_probabilities(s2o_tau0, prompts, expected):
-    got = complete(s2o_tau0, prompts[0], prompt_logprobs=1)
+    got = complete(s2o_tau0, prompts[0])
+    assert len(got.prompt_logprobs) > 2048
     assert_same_answer(got, expected[0])
-
-    assert len(got.prompt_logprobs) == len(expected[0].prompt_logprobs) > 2048
-    # The first token has none. Each of the others: the prompt's own token, and the likeliest.
-    for ours, theirs in zip(got.prompt_logprobs[1:], expected[0].prompt_logprobs[1:], strict=True):
-        shared = ours.keys() & theirs.keys()
-        assert shared
-        assert {t: ours[t]["logprob"] for t in shared} == pytest.approx(
-            {t: theirs[t]["logprob"] for t in shared}, abs=TOLERANCE
-        )
 
     steps = [step for step in prefills(s2o_tau0.log) if step.sparse_layers]
     assert steps, "the sparse path did not run"
