@@ -4,8 +4,8 @@
                 + a sink at the first tokens
                 + a bump around s = t, a few hundred tokens wide (the local band)
 
-The bump is made of a few frequencies, as rotary embeddings make it. Importance falls off exponentially, so that no share
-of the keys holds all of the mass: how much of it is visited is left to the threshold.
+The bump is made of a few frequencies, as rotary embeddings make it. Importance falls off exponentially, so that no
+share of the keys holds all of the mass: how much of it is visited is left to the threshold.
 """
 
 from dataclasses import dataclass

@@ -70,7 +70,9 @@ def find_threshold(problem: Problem, density: float, tolerance: float = 0.01) ->
         if abs(found / density - 1) <= tolerance:
             return params
         low, high = (params.threshold, high) if found > density else (low, params.threshold)
-    raise ValueError(f"No threshold gives density {density} at {problem.num_tokens} tokens: {found} at {params.threshold}.")
+    raise ValueError(
+        f"No threshold gives density {density} at {problem.num_tokens} tokens: {found} at {params.threshold}."
+    )
 
 
 def fa2(problem: Problem) -> Callable[[], torch.Tensor]:
@@ -81,9 +83,8 @@ def fa2(problem: Problem) -> Callable[[], torch.Tensor]:
 
     def run() -> torch.Tensor:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(
-                0, 1
-            )
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out[0].transpose(0, 1)
 
     return run
 

@@ -6,8 +6,9 @@ is who does what and when:
     gather     4 warps             slots -> rows of K and V, copied asynchronously into a ring of buffers
     visit      4 warps per 64 rows products on the matrix units; those of one block run under the softmax of the next
 
-A buffer's two barriers say that it is *full* (the copies have landed) and *free* (all products have read it). The halves
-of a tile run apart, so that one's softmax fills the gaps of the other's products; they meet where the tile is judged.
+A buffer's two barriers say that it is *full* (the copies have landed) and *free* (all products have read it). The
+halves of a tile run apart, so that one's softmax fills the gaps of the other's products; they meet where the tile is
+judged.
 When it stops, the gathering warps are blocks ahead: they learn of it behind the next free buffer, and what they have
 fetched is lost.
 """
@@ -23,7 +24,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -194,7 +194,7 @@ def _visit(
     mbarrier.arrive(k_free.index(0), count=1)
     column = gl.arange(0, BLOCK, gl.SliceLayout(0, MMA))
     s = gl.where(column[None, :] <= inside[:, None], s, float("-inf"))
-    w, m, l, keep = _softmax(s, m, l, scale)
+    w, m, l, _kept = _softmax(s, m, l, scale)
     p = gl.convert_layout(w.to(q.dtype), P)
     for i in range(1, num_inside):
         p, acc, m, l = _step(

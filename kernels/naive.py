@@ -30,9 +30,9 @@ NUM_GUIDE_KEYS = 256
 SCORE_BOUND = 1e15
 
 # Importance classes divide the history by the share of keys that a normal distribution has above a score, and their
-# widths grow with that share: near the front, where tiles stop, a class must hold few keys. Widths in terms of the score
-# would be stretched by outliers, such as the first token's key. The logistic function of 1.702 times a normal variable
-# stays within 1 % of its distribution.
+# widths grow with that share: near the front, where tiles stop, a class must hold few keys. Widths in terms of the
+# score would be stretched by outliers, such as the first token's key. The logistic function of 1.702 times a normal
+# variable stays within 1 % of its distribution.
 LOGISTIC = 1.702
 
 # Mean and deviation are those of every 16th score: they only place the borders of classes. The sample leaves out the

@@ -194,7 +194,9 @@ def _count(
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
-def _offsets(Segments, Counts, num_kv_heads, num_blocks, BLOCK: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr):
+def _offsets(
+    Segments, Counts, num_kv_heads, num_blocks, BLOCK: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
     """Counts become places: after all better classes, and after this class of earlier blocks."""
     kv_head, segment = tl.program_id(0), tl.program_id(1)
     used = tl.cdiv(tl.load(Segments + segment * 7 + 4), BLOCK)
@@ -303,10 +305,10 @@ def rank_keys(
     num_blocks = triton.cdiv(max_history, SORT_BLOCK)
     pairs = count * num_kv_heads
     # Kernels are specialised on addresses by 16 bytes, so the largest comes first and all of them keep to that.
-    counts, mean, spread = tables.split_with_sizes(
-        [pairs * num_blocks * num_classes, pairs * head_size, len(tables) - pairs * (num_blocks * num_classes + head_size)]
-    )
-    mean, spread = mean.view(query.dtype), spread.view(torch.float32)
+    begin_mean = pairs * num_blocks * num_classes
+    begin_spread = begin_mean + pairs * head_size
+    counts, mean = tables[:begin_mean], tables[begin_mean:begin_spread].view(query.dtype)
+    spread = tables[begin_spread:].view(torch.float32)
     dims = dict(D=head_size, BLOCK_D=block_dim(head_size))
     _pool[(count, num_kv_heads)](
         query, segments, mean, num_kv_heads, query.stride(0), query.stride(1), GROUP=group, ROWS=32, **dims

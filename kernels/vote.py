@@ -16,7 +16,7 @@ ROUNDS = 16
 
 
 def _instructions() -> str:
-    """PTX for one thread: classes in operands 16 to 31, the address of the block's offsets in 32, places out in 0 to 15."""
+    """PTX for a thread: classes in operands 16 to 31, the address of the block's offsets in 32, places in 0 to 15."""
     lines = [
         "{",
         ".reg .u32 lane, earlier, place, bit, set, same, mine, count, n0, n1, n2, n3, n4, v0, v1, v2, v3, v4;",

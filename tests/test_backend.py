@@ -301,9 +301,8 @@ def test_graphs_and_drafts_have_no_plan(start):
 @pytest.mark.parametrize("budget", [None, 0.5], ids=["stop rule", "budget"])
 def test_layers_find_their_thresholds_on_the_device(start, finished, monkeypatch, budget):
     """A copy from the host would make the first layer that needs it wait for the device."""
-    one_head = {"layers": 1, "heads": 2, "threshold": 0.25}
-    rule = {"threshold": 0.125} if budget is None else {"budget": budget}
-    sparse = start({**SHORT, **rule, "layers": [one_head]}, layers=({}, {}))
+    rule = {"threshold": 0.125, "layers": [{"layers": 1, "heads": 2, "threshold": 0.25}]}
+    sparse = start({**SHORT, **(rule if budget is None else {"budget": budget})}, layers=({}, {}))
     batch = Batch(sparse.layers[0])
     metadata = sparse.builder.build(0, batch.common)
     own = list(metadata.s2o.thresholds.values())

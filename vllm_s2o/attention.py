@@ -59,10 +59,8 @@ class DevicePlan:
 
     def buffers(self, cache_shape: tuple[int, int], num_classes: int) -> "Buffers":
         """Workspace of the step; cache_shape: (num_kv_heads, head_size)."""
-        words = [
-            _words(len(tables.wave.segments), len(tables.wave.segments) * tables.wave.max_history, cache_shape, num_classes)
-            for tables in self.waves
-        ]
+        sizes = [(len(tables.wave.segments), tables.wave.max_history) for tables in self.waves]
+        words = [_words(count, count * longest, cache_shape, num_classes) for count, longest in sizes]
         return _buffers(self.max_slots, max(words, default=0))
 
 

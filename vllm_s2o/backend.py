@@ -288,7 +288,8 @@ class S2OImpl(DENSE.get_impl_cls()):
             new = (None if tensor is None else tensor[rows] for tensor in (key, value))
             super().forward(layer, query[rows], *new, kv_cache, run.metadata, output[rows], *args, **kwargs)
         key_cache, value_cache, block_table = compat.caches(layer, self, kv_cache, attn_metadata.block_table)
-        workspace = compat.reserve_workspace(*work.plan.buffers((self.num_kv_heads, self.head_size), params.num_classes))
+        buffers = work.plan.buffers((self.num_kv_heads, self.head_size), params.num_classes)
+        workspace = compat.reserve_workspace(*buffers)
         visited = attention.run(
             query, key_cache, value_cache, block_table, work.plan, params, self.scale, output,
             thresholds=work.thresholds.get(layer.layer_name), workspace=workspace,
