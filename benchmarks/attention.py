@@ -29,6 +29,9 @@ COLUMNS = (
 )  # fmt: skip
 DENSE_ERROR = 1e-4
 """What a dense kernel in bfloat16 may err, relative to the mean square of the output."""
+MOVED = 1e-4
+"""Pairs that may differ between two S2O kernels: sums of another order decide a tile whose gain is the threshold to six
+digits. One test of one tile is 1e-6 of the pairs or less."""
 
 
 def quantiles(run: Callable) -> tuple[float, float, float]:
@@ -65,8 +68,11 @@ def check_s2o(mine: S2O) -> str | None:
     if not torch.equal(mine.out, first):
         return "two runs differ"
     plain = S2O(mine.problem, mine.params, "triton")
-    if not torch.equal(plain.run(), pairs):
-        return "it stops elsewhere than the Triton kernels"
+    moved = (plain.run() - pairs).abs().sum().item() / pairs.sum().item()
+    if moved:
+        print(f"{mine.problem.num_tokens} tokens: stops move {moved:.1e} of the pairs from the Triton kernels'", flush=True)
+    if moved > MOVED:
+        return f"it stops elsewhere than the Triton kernels: {moved:.1e} of the pairs"
     apart = (plain.out.float() - first.float()).square().mean() / first.float().square().mean()
     return None if apart < DENSE_ERROR else f"it differs from the Triton kernels by {apart.item():.1e}"
 

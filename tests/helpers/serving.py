@@ -1,6 +1,7 @@
 """Servers as the tests start them: small, on the CPU or on a GPU."""
 
 import contextlib
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -17,8 +18,10 @@ CUDA = torch.cuda.is_available()
 # Up to four servers live side by side, and each one takes its share of a GPU when it starts. On the CPU the share only
 # has to be free.
 SHARE = ("--gpu-memory-utilization", "0.15" if CUDA else "0.5")
+DTYPE = re.findall(r"--dtype (\S+)", make("serve-command"))
+"""What `make serve` says of it: nothing where the model's own type is fast."""
 BASE_ARGS = [
-    *("--enforce-eager", "--no-enable-prefix-caching", *SHARE),
+    *("--enforce-eager", "--no-enable-prefix-caching", *SHARE, *(f"--dtype={name}" for name in DTYPE)),
     *("--max-model-len", "8192", "--max-num-batched-tokens", "8192", "--max-num-seqs", "8"),
 ]
 S2O = ("--attention-backend", "CUSTOM")

@@ -62,6 +62,6 @@ def reference(model, log_dir):
 def s2o_tau0(model, log_dir):
     """Nothing is ever skipped, on the sparse path all the same; prompts in chunks, for which no border may matter.
     By the backend's other name."""
-    args = ("--attention-backend", "S2O", "--additional-config", '{"s2o": {"threshold": 0}}')
-    with Server(model, log_dir / "s2o_tau0.log", (*PRECISION, *args, "--max-num-batched-tokens", "1100")) as server:
+    args = ("--attention-backend", "S2O", "--additional-config", '{"s2o": {"threshold": 0, "min_seq_len": 512}}')
+    with Server(model, log_dir / "s2o_tau0.log", (*PRECISION, *args, "--max-num-batched-tokens", "450")) as server:
         yield server

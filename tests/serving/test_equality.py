@@ -23,7 +23,7 @@ MEAN_TOLERANCE_BF16 = 0.05
 
 @pytest.fixture(scope="module")
 def prompts(count_tokens):
-    return [needle(length, 0.5, 2, count_tokens).prompt for length in (3000, 2200, 700)]
+    return [needle(length, 0.5, 2, count_tokens).prompt for length in (1300, 900, 300)]
 
 
 def complete(server, prompt):
@@ -62,7 +62,7 @@ def assert_same_answer(got, want):
 
 def test_answers_and_log_probabilities(s2o_tau0, prompts, expected):
     got = complete(s2o_tau0, prompts[0])
-    assert len(got.prompt_logprobs) > 2048
+    assert len(got.prompt_logprobs) > 1024
     assert_same_answer(got, expected[0])
 
     steps = [step for step in prefills(s2o_tau0.log) if step.sparse_layers]
