@@ -44,7 +44,7 @@ def test_a_checkout_names_its_commit(checkout, monkeypatch):
 
 
 @needs_git
-@pytest.mark.parametrize("path", ["kernels/a", "configs/new.yaml", "benchmarks/lab.py"])
+@pytest.mark.parametrize("path", ["kernels/a", "configs/new.yaml", "benchmarks/new.py"])
 def test_changed_code_is_told(checkout, path):
     root, head = checkout
     (root / path).write_text("changed")
