@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from . import tuned
 from .prefill import LOG2E
 
 # Triton 3.9 has another name for it.
@@ -404,7 +405,7 @@ def attend(
     """`prefill.attend` for what is not `unsuitable`."""
     num_heads, head_size = query.shape[1:]
     block_size, num_kv_heads = key_cache.shape[1:3]
-    options = options or Launch()
+    options = options or Launch(**tuned.options("hopper", head_size, query.device))
     visited = torch.empty(len(tiles), num_heads, dtype=torch.int32, device=query.device)
     strides = key_cache.stride()
     halves = tile_size // ROWS.value

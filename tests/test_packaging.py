@@ -115,9 +115,12 @@ print(json.dumps([resolved.source, files, vllm_s2o.__path__]))
     assert path == [str(installed / "vllm_s2o")]
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_an_installed_wheel_reads_the_files_of_the_checkout(installed, config):
-    assert (installed / "vllm_s2o" / "configs" / config).read_bytes() == (ROOT / "configs" / config).read_bytes()
+DATA = [*(f"configs/{name}" for name in CONFIGS), *(f"kernels/tuning/{p.name}" for p in ROOT.glob("kernels/tuning/*"))]
+
+
+@pytest.mark.parametrize("file", DATA)
+def test_an_installed_wheel_reads_the_files_of_the_checkout(installed, file):
+    assert (installed / "vllm_s2o" / file).read_bytes() == (ROOT / file).read_bytes()
 
 
 INSTALLS = re.findall(r"^ {4}pip install (.+)$", (ROOT / "README.md").read_text(), re.MULTILINE)
