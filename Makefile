@@ -37,7 +37,7 @@ export PYTHONSAFEPATH = 1
 SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .ONESHELL:
-.PHONY: help serve serve-command test test-fast install discard clean
+.PHONY: help serve serve-command test test-fast bench install discard clean
 
 help: ## list what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,14 @@ test: $(INSTALLED) $(SMOLLM2)/prepared.txt ## run all tests
 
 test-fast: $(INSTALLED) ## run the tests that start no server
 	@.venv/bin/pytest -m "not serving"
+
+bench: $(INSTALLED) ## on a GPU: time attention beside FlashAttention, write benchmarks/results/attention.csv and .png
+	@[ -n "$(GPU)" ] || { echo "make bench needs an NVIDIA GPU, and nvidia-smi finds none." >&2; exit 1; }
+	.venv/bin/pip install --quiet --disable-pip-version-check --editable ".[bench]"
+	# The scripts stand beside what they import.
+	unset PYTHONSAFEPATH
+	.venv/bin/python benchmarks/attention.py --out benchmarks/results/attention.csv
+	.venv/bin/python benchmarks/plot.py benchmarks/results/attention.csv --out benchmarks/results/attention.png
 
 install: $(INSTALLED) ## make the virtual environment .venv
 

@@ -70,7 +70,7 @@ def check_s2o(mine: S2O) -> str | None:
     plain = S2O(mine.problem, mine.params, "triton")
     moved = (plain.run() - pairs).abs().sum().item() / pairs.sum().item()
     if moved:
-        print(f"{mine.problem.num_tokens} tokens: stops move {moved:.1e} of the pairs from the Triton kernels'", flush=True)
+        print(f"{mine.problem.num_tokens} tokens: {moved:.1e} of the pairs are not the Triton kernels'", flush=True)
     if moved > MOVED:
         return f"it stops elsewhere than the Triton kernels: {moved:.1e} of the pairs"
     apart = (plain.out.float() - first.float()).square().mean() / first.float().square().mean()

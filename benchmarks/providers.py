@@ -64,7 +64,7 @@ def find_threshold(problem: Problem, density: float, tolerance: float = 0.01) ->
         ValueError: no threshold does.
     """
     low, high = 1e-5, 0.9
-    for _ in range(40):
+    while high / low > 1.001:
         params = S2OParams(threshold=(low * high) ** 0.5)
         found = S2O(problem, params).density()
         if abs(found / density - 1) <= tolerance:

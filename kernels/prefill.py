@@ -160,9 +160,10 @@ class Launch(NamedTuple):
 
 
 def launch(query: torch.Tensor, tile_size: int, interval: int) -> Launch:
-    """What was measured on the device, for tiles of 128 rows and 16-bit types. Else two warp groups where a tile's accumulator would not
-    fit one's registers; three stages, because slots and the rows that they name are loads that wait for each other, two
-    for the largest heads.
+    """What was measured on the device, for tiles of 128 rows and 16-bit types.
+
+    Else two warp groups where a tile's accumulator would not fit one's registers; three stages, because slots and the
+    rows that they name are loads that wait for each other, two for the largest heads.
 
     Args:
         interval: keys between two stop tests.

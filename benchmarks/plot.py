@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""Pictures of the results: time and speed-up against length, error against density.
+
+    python benchmarks/plot.py benchmarks/results/attention.csv [MORE.csv ...] --out benchmarks/results/attention.png
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+LABELS = {"s2o": "S2O", "fa3_paged": "FA3, pages", "fa3": "FA3", "fa2": "FA2"}
+COLOURS = {"s2o": "#d1495b", "fa3_paged": "#00798c", "fa3": "#66a5ad", "fa2": "#8d96a3"}
+
+
+def read(paths: list[Path]) -> list[dict[str, str]]:
+    """Rows with figures; a row without says why a provider could not run."""
+    rows = [row for path in paths for row in csv.DictReader(path.open(newline=""))]
+    return [row for row in rows if row["ms_p50"]]
+
+
+def lines(rows: list[dict[str, str]], provider: str, column: str) -> tuple[list[int], list[float]]:
+    """Length and figure of a dense provider; where a length was measured twice, the later one."""
+    points = {int(row["seq_len"]): float(row[column]) for row in rows if row["provider"] == provider}
+    return sorted(points), [points[length] for length in sorted(points)]
+
+
+def draw(rows: list[dict[str, str]], out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (time, speed, error) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    ours = sorted((r for r in rows if r["provider"] == "s2o"), key=lambda r: (int(r["seq_len"]), -float(r["density"])))
+    lengths = sorted({int(row["seq_len"]) for row in rows})
+    for provider in ("fa2", "fa3", "fa3_paged"):
+        time.plot(*lines(rows, provider, "ms_p50"), "o-", color=COLOURS[provider], label=LABELS[provider])
+    x = [int(row["seq_len"]) for row in ours]
+    time.plot(x, [float(row["ms_p50"]) for row in ours], "o", color=COLOURS["s2o"], label=LABELS["s2o"])
+    for name in ("fa3_paged", "fa2"):
+        times = [float(row[f"vs_{name}"]) for row in ours]
+        speed.plot(x, times, "o", color=COLOURS[name], label=f"against {LABELS[name]}")
+    for row in ours:
+        share = f"{float(row['density']):.0%}"
+        for axes, column in ((time, "ms_p50"), (speed, "vs_fa3_paged")):
+            at = (int(row["seq_len"]), float(row[column]))
+            axes.annotate(share, at, xytext=(6, -3), textcoords="offset points", fontsize=8, color=COLOURS["s2o"])
+        at = (float(row["density"]), float(row["rel_error"]))
+        error.plot(*at, "o", color=COLOURS["s2o"])
+        name = f"{int(row['seq_len']) // 1024}K"
+        error.annotate(name, at, xytext=(6, -3), textcoords="offset points", fontsize=8)
+    for axes, title in ((time, "One layer's attention, ms (S2O: density)"), (speed, "S2O is faster by (density)")):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [f"{length // 1024}K" for length in lengths])
+        axes.set_xlabel("prompt length, tokens")
+        axes.set_title(title, fontsize=10)
+        axes.legend(frameon=False, fontsize=8)
+    time.set_yscale("log")
+    speed.set_ylim(bottom=0)
+    error.set_xlim(left=0)
+    error.set_ylim(bottom=0)
+    error.set_xlabel("density: visited / causal pairs")
+    error.set_title("S2O's relative error (mean squares)", fontsize=10)
+    for axes in (time, speed, error):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    row = ours[0]
+    made = f"{row['gpu']}, {row['shape']}, bf16, torch {row['torch']}, Triton {row['triton']}, vLLM {row['vllm']}"
+    figure.suptitle(f"{made}, {row['date']}", fontsize=9)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="files written by attention.py")
+    parser.add_argument("--out", type=Path, required=True, help="the picture, .png or .svg")
+    options = parser.parse_args()
+    missing = [str(path) for path in options.results if not path.is_file()]
+    if missing:
+        parser.error(f"no such results file: {', '.join(missing)}")
+    rows = read(options.results)
+    if not any(row["provider"] == "s2o" for row in rows):
+        parser.error("the results hold no row of s2o: there is nothing to draw")
+    draw(rows, options.out)
+
+
+if __name__ == "__main__":
+    main()

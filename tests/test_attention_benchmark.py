@@ -1,0 +1,97 @@
+"""What `benchmarks/attention.py` is made of, as far as a machine without a GPU can run it."""
+
+import csv
+import importlib
+import sys
+
+import pytest
+import torch
+from processes import ROOT
+
+from vllm_s2o import S2OParams
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """inputs, providers, attention and plot, which import each other by these names."""
+    names = ("inputs", "providers", "attention", "plot")
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        yield [importlib.import_module(name) for name in names]
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+        for name in names:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def problem(modules):
+    inputs = modules[0]
+    return inputs.make_problem(inputs.Shape("small", 2, 1, 32), 2048, torch.device("cpu"), dtype=torch.float32)
+
+
+def test_pages_hold_what_stands_in_order(problem):
+    position = torch.arange(problem.num_tokens)
+    page = problem.block_table[0, position // 16].long()
+    assert torch.equal(problem.key_cache[page, position % 16], problem.key)
+    assert torch.equal(problem.value_cache[page, position % 16], problem.value)
+
+
+def test_inputs_have_sinks_heavy_keys_and_a_band(problem):
+    row = problem.num_tokens - 1
+    weights = (problem.query[row, 1] @ problem.key[:, 0].T * problem.scale).softmax(0)
+    assert weights[:4].sum() > 16 / problem.num_tokens
+    assert weights[-64:].sum() > 2 * 64 / problem.num_tokens
+    assert weights.sort(descending=True).values[: problem.num_tokens // 10].sum() > 0.4
+
+
+def test_exact_rows(modules, problem):
+    rows = problem.rows()
+    out = modules[0].exact_rows(problem, rows)
+    whole = torch.nn.functional.scaled_dot_product_attention(
+        *(t.transpose(0, 1)[None] for t in (problem.query, problem.key, problem.value)), is_causal=True, enable_gqa=True
+    )
+    torch.testing.assert_close(out, whole[0].transpose(0, 1)[rows], rtol=1e-4, atol=1e-5)
+
+
+def test_the_stop_rule_lands_on_the_density(modules, problem):
+    providers = modules[1]
+    params = providers.find_threshold(problem, 0.6, tolerance=0.05)
+    assert providers.S2O(problem, params).density() == pytest.approx(0.6, rel=0.05)
+    assert params.budget is None
+    with pytest.raises(ValueError, match=r"No threshold gives density 0\.01 at 2048 tokens"):
+        providers.find_threshold(problem, 0.01)
+
+
+def test_a_provider_runs_what_a_server_runs(modules, problem):
+    mine = modules[1].S2O(problem, S2OParams(threshold=0.0))
+    assert mine.run().sum() == mine.causal
+    rows = problem.rows()
+    assert modules[2].relative_error(mine.out, modules[0].exact_rows(problem, rows), rows) < 1e-8
+
+
+def test_points_are_parsed(modules):
+    parse = modules[2].parse_at
+    assert parse(["32768:0.15", "131072:0.1", "131072:0.06"]) == {32768: [0.15], 131072: [0.1, 0.06]}
+    for bad in ("32768", "100:0.1", "x:0.1", "32768:0", "32768:2"):
+        with pytest.raises(modules[2].argparse.ArgumentTypeError, match=r"is not TOKENS:DENSITY"):
+            parse([bad])
+
+
+def test_rows_are_written_and_drawn(modules, problem, tmp_path):
+    _, _, attention, plot = modules
+    machine = {"machine": "GPU", "torch": "2", "triton": "3", "date": "2026-01-01"}
+    found = [
+        dict(provider=name, density=d, threshold="", times=(ms, ms, ms), visited_tflops=1.0, ranking_share=0.0,
+             rel_error=1e-3, extra_mib=1.0)
+        for name, d, ms in (("s2o", 0.1, 2.0), ("fa3_paged", 1.0, 8.0), ("fa2", 1.0, 16.0))
+    ]  # fmt: skip
+    medians = {f["provider"]: f["times"][1] for f in found}
+    path = tmp_path / "a.csv"
+    attention.write([attention.as_row(f, problem, medians, machine) for f in found], path)
+    rows = list(csv.DictReader(path.open(newline="")))
+    assert (rows[0]["vs_fa3_paged"], rows[0]["vs_fa2"]) == ("4.00", "8.00")
+    assert plot.lines(plot.read([path]), "fa2", "ms_p50") == ([2048], [16.0])
+    if importlib.util.find_spec("matplotlib"):  # of the extra `bench`
+        plot.draw(rows, tmp_path / "a.png")
+        assert (tmp_path / "a.png").stat().st_size > 10_000
