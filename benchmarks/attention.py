@@ -1,23 +1,30 @@
 #!/usr/bin/env python3
-"""One layer's attention on a GPU, S2O beside dense kernels: a row per provider, shape, length and density.
+"""One layer's attention on a GPU, S2O beside dense kernels and peers: a row per provider, shape, length and density.
 
     python benchmarks/attention.py --out benchmarks/results/attention.csv [--at 32768:0.15 131072:0.1]
+                                   [--peer pbs=PATH --peer flashprefill=PATH --peer flexprefill=PATH]
 
 All providers run in one process on the same problem. S2O's threshold is searched so that the stop rule itself lands on
 the density. Before a provider is timed, its result is checked: dense kernels against exact attention on sampled rows,
 S2O against the Triton kernels that every GPU runs, against itself (same bits), and for waits on the device. What fails
 is told and not reported.
+
+A peer, from a checkout of its own project, has a row at its own defaults and one at matched error: its parameter is
+searched until it errs as S2O's first row of the length does, within 10 %. Where it cannot run, its row says why.
 """
 
 import argparse
 import csv
+import functools
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import triton
 from inputs import LLAMA_8B, Problem, exact_rows, make_problem
+from peers import PEERS, Peer
 from providers import DENSE, S2O, find_threshold
 
 from vllm_s2o.cli.environment import describe
@@ -26,12 +33,17 @@ AT = ("32768:0.15", "65536:0.12", "131072:0.1", "131072:0.06", "262144:0.05")
 COLUMNS = (
     "gpu", "torch", "triton", "vllm", "date", "commit", "provider", "shape", "seq_len", "density", "threshold",
     "ms_p20", "ms_p50", "ms_p80", "visited_tflops", "ranking_share", "rel_error", "extra_mib", "vs_fa3_paged", "vs_fa2",
+    "note",
 )  # fmt: skip
 DENSE_ERROR = 1e-4
 """What a dense kernel in bfloat16 may err, relative to the mean square of the output."""
 MOVED = 1e-4
 """Pairs that may differ between two S2O kernels: sums of another order decide a tile whose gain is the threshold to six
 digits. One test of one tile is 1e-6 of the pairs or less."""
+PEER_ERROR = 0.5
+"""What a peer may err at its own defaults: a result that has nothing to do with attention errs 1 or more."""
+MATCHED = 0.1
+"""How far a peer's error may be from S2O's to be called the same."""
 
 
 def quantiles(run: Callable) -> tuple[float, float, float]:
@@ -129,38 +141,121 @@ def dense_rows(problem: Problem, names: list[str], exact: torch.Tensor, rows: to
     return found
 
 
+def match_error(
+    error_at: Callable[[float], float], start: float, error: float, target: float, runs: int = 10
+) -> tuple[float, float]:
+    """The looseness at which a peer errs most nearly `target`, and its error there, by bisection.
+
+    Args:
+        error_at: the error at a looseness; it grows with the looseness.
+        start: a looseness whose `error` is known.
+        runs: how often `error_at` may be asked.
+    """
+
+    def apart(error: float) -> float:
+        """Distance of an error from the target: 0 is the same, and what is no number is never nearest."""
+        return abs(math.log(max(error, 1e-30) / target)) if math.isfinite(error) else math.inf
+
+    low, high = 1e-4, 1.0
+    at, best = start, (start, error)
+    for _ in range(runs):
+        if abs(best[1] / target - 1) <= MATCHED:
+            break
+        low, high = (at, high) if error < target else (low, at)
+        at = (low * high) ** 0.5
+        error = error_at(at)
+        best = min(best, (at, error), key=lambda pair: apart(pair[1]))
+    return best
+
+
+def peer_row(peer: Peer, value: float, error: Callable[[torch.Tensor], float]) -> dict:
+    # What a peer compiled for other values of its parameter, or for other lengths, would be slower or no longer
+    # compiled: each row starts anew.
+    torch.compiler.reset()
+    run = functools.partial(peer.run, value)
+    rel_error = error(run())
+    if not rel_error < PEER_ERROR:
+        raise RuntimeError(f"its result is not attention: its error is {rel_error:.1e}")
+    return dict(
+        density=round(peer.density(value), 4), threshold=f"{value:.5g}", times=quantiles(run), rel_error=rel_error,
+        extra_mib=extra_mib(run),
+    )  # fmt: skip
+
+
+def rows_of_peer(peer: Peer, error: Callable[[torch.Tensor], float], target: float | None) -> Iterator[dict]:
+    """At its own defaults, and where it errs `target`, if there is one."""
+    first = peer_row(peer, peer.default, error)
+    # Only now: kernels choose their tiles in the first run of a length, and that is to be at the defaults. Compilers
+    # stay out of what is not timed, since every value of the parameter would be compiled for.
+    with torch.compiler.set_stance("force_eager"):
+        if peer.dense is not None and not (wrong := error(peer.run(peer.dense))) < DENSE_ERROR:
+            raise RuntimeError(f"its error is {wrong:.1e} where it visits everything")
+    yield dict(first, note="default")
+    if target is None:
+        return
+    with torch.compiler.set_stance("force_eager"):
+        # `at` is its own inverse: 1 - x, or x.
+        looseness, nearest = match_error(
+            lambda looseness: error(peer.run(peer.at(looseness))), peer.at(peer.default), first["rel_error"], target
+        )
+    matched = abs(nearest / target - 1) <= MATCHED
+    found = first if looseness == peer.at(peer.default) else peer_row(peer, peer.at(looseness), error)
+    yield dict(found, note="matched error" if matched else "closest error")
+
+
+def peer_rows(
+    problem: Problem, peers: dict[str, Path], exact: torch.Tensor, rows: torch.Tensor, target: float | None
+) -> list[dict]:
+    found = []
+    for name, path in peers.items():
+        try:
+            peer = PEERS[name](problem, path)
+            for row in rows_of_peer(peer, lambda out: relative_error(out, exact, rows), target):
+                found.append(dict(provider=name, **row))
+        except (ImportError, RuntimeError) as reason:
+            print(f"{name} at {problem.num_tokens} tokens: {reason}", file=sys.stderr)
+            found.append(dict(provider=name, note=str(reason)))
+        peer = None  # its tensors go before the next peer's come
+    return found
+
+
 def as_row(found: dict, problem: Problem, medians: dict[str, float], machine: dict) -> dict:
-    p20, p50, p80 = found.pop("times")
+    """A row of the table. A provider that could not run has no figures, only a note."""
     row = {
         "gpu": machine["machine"], "torch": machine["torch"], "triton": machine["triton"],
         "vllm": machine.get("vllm", ""), "date": machine["date"], "commit": machine.get("commit") or "",
         "shape": problem.shape.name, "seq_len": problem.num_tokens, **found,
-        "ms_p20": f"{p20:.3f}", "ms_p50": f"{p50:.3f}", "ms_p80": f"{p80:.3f}",
     }  # fmt: skip
-    for column, name in (("vs_fa3_paged", "fa3_paged"), ("vs_fa2", "fa2")):
-        row[column] = f"{medians[name] / p50:.2f}" if name in medians else ""
-    row["visited_tflops"] = f"{row['visited_tflops']:.0f}"
-    row["ranking_share"] = f"{row['ranking_share']:.3f}"
-    row["rel_error"] = f"{row['rel_error']:.2e}"
-    row["extra_mib"] = f"{row['extra_mib']:.0f}"
+    times = row.pop("times", None)
+    if times is not None:
+        row.update(zip(("ms_p20", "ms_p50", "ms_p80"), (f"{time:.3f}" for time in times), strict=True))
+        for column, name in (("vs_fa3_paged", "fa3_paged"), ("vs_fa2", "fa2")):
+            row[column] = f"{medians[name] / times[1]:.2f}" if name in medians else ""
+    # A peer's ranking is not known apart, so neither is its rate on the visited pairs.
+    forms = {"visited_tflops": ".0f", "ranking_share": ".3f", "rel_error": ".2e", "extra_mib": ".0f"}
+    row.update((column, format(row[column], form)) for column, form in forms.items() if column in row)
     return row
 
 
-def measure(at: dict[int, list[float]], dense: list[str], device: torch.device) -> list[dict]:
-    machine, table = describe(), []
+def measure(
+    at: dict[int, list[float]], dense: list[str], peers: dict[str, Path], device: torch.device
+) -> Iterator[dict]:
+    machine = describe()
     for tokens, densities in at.items():
         problem = make_problem(LLAMA_8B, tokens, device)
         rows = problem.rows()
         exact = exact_rows(problem, rows)
-        found = s2o_rows(problem, densities, exact, rows) + dense_rows(problem, dense, exact, rows)
-        medians = {f["provider"]: f["times"][1] for f in found}
+        mine = s2o_rows(problem, densities, exact, rows)
+        found = mine + dense_rows(problem, dense, exact, rows)
+        found += peer_rows(problem, peers, exact, rows, mine[0]["rel_error"] if mine else None)
+        medians = {f["provider"]: f["times"][1] for f in found if f["provider"] in DENSE}
         for one in found:
             row = as_row(one, problem, medians, machine)
-            table.append(row)
+            yield row
             shown = ("provider", "seq_len", "density", "ms_p50", "visited_tflops", "ranking_share", "rel_error")
-            print(*(f"{name} {row[name]}" for name in (*shown, "extra_mib", "vs_fa3_paged", "vs_fa2")), flush=True)
+            shown = (*shown, "extra_mib", "vs_fa3_paged", "vs_fa2", "note")
+            print(*(f"{name} {row[name]}" for name in shown if row.get(name, "") != ""), flush=True)
         del problem
-    return table
 
 
 def write(table: list[dict], path: Path) -> None:
@@ -184,19 +279,43 @@ def parse_at(entries: list[str]) -> dict[int, list[float]]:
     return at
 
 
+def parse_peer(entry: str) -> tuple[str, Path]:
+    """`pbs=PATH` -> ("pbs", PATH)"""
+    name, _, path = entry.partition("=")
+    if name not in PEERS or not path:
+        raise argparse.ArgumentTypeError(f"'{entry}' is not NAME=PATH with a name among {', '.join(PEERS)}")
+    if not Path(path).is_dir():
+        raise argparse.ArgumentTypeError(f"'{path}' is no folder: the path of {name} is a checkout of its repository")
+    return name, Path(path).resolve()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the results file")
     parser.add_argument("--at", nargs="+", default=list(AT), metavar="TOKENS:DENSITY")
     parser.add_argument("--dense", nargs="*", choices=DENSE, default=list(DENSE), help="kernels beside S2O")
+    parser.add_argument(
+        "--peer", type=parse_peer, action="append", default=[], metavar="NAME=PATH",
+        help=f"another project's kernel, from its checkout; repeatable; names: {', '.join(PEERS)}",
+    )  # fmt: skip
     options = parser.parse_args()
+    peers = dict(options.peer)
+    if len(peers) < len(options.peer):
+        parser.error("argument --peer: each name can be given once")
     if not torch.cuda.is_available():
         parser.exit(1, "attention.py needs a CUDA device.\n")
     try:
         at = parse_at(options.at)
     except (argparse.ArgumentTypeError, ValueError) as error:
         parser.error(str(error))
-    write(measure(at, options.dense, torch.device("cuda")), options.out)
+    table = []
+    try:
+        for row in measure(at, options.dense, peers, torch.device("cuda")):
+            table.append(row)
+    finally:
+        # A fault in a peer's kernel can end the process's use of the GPU: what was measured before is kept.
+        if table:
+            write(table, options.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,217 @@
+"""Other projects' sparse attention, on the problem of this table. None of their code is here: a path says where a
+checkout lies, and it is imported when it is asked for.
+
+A peer's own parameter trades error for density. `at` gives it for a looseness between 0 (everything is visited) and 1,
+so that one search serves all of them. What cannot run raises ImportError or RuntimeError with one sentence.
+
+XAttention is not among them: its attention is a CUDA extension (block_sparse_attn); FlexPrefill's is Triton.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from inputs import Problem
+
+BLOCK = 128
+"""Queries and keys in one block of a peer's mask: the default of all three."""
+
+
+def reason(error: BaseException) -> str:
+    """One line for whatever a peer's code raised: compilers wrap the cause and add their own lines."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = getattr(error, "error_message", None) or str(error)  # Triton's own text begins with a position
+    lines = str(text).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def plain_reasons() -> Iterator[None]:
+    """Turn what another project's code raises, assertions too, into the two errors that this module promises."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        raise RuntimeError(reason(error)) from error
+
+
+def load_file(file: Path) -> types.ModuleType:
+    """A module by its file, without the packages above it and what those import."""
+    if not file.is_file():
+        raise ImportError(f"there is no {file}")
+    spec = importlib.util.spec_from_file_location(f"peer_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def recorded(module: types.ModuleType, name: str) -> Iterator[list]:
+    """What a function of a module returns in the block: the masks are made inside, and not handed out."""
+    function, results = getattr(module, name), []
+
+    def record(*args, **kwargs):
+        results.append(function(*args, **kwargs))
+        return results[-1]
+
+    setattr(module, name, record)
+    try:
+        yield results
+    finally:
+        setattr(module, name, function)
+
+
+def density(before: torch.Tensor, num_tokens: int, diagonal: int = BLOCK) -> float:
+    """Selected causal pairs / causal pairs.
+
+    Args:
+        before: [num_heads, blocks], for each block of queries how many whole blocks of keys before its diagonal square
+            are selected.
+        diagonal: side of the squares on the diagonal, whose causal half is always selected.
+    """
+    heads, blocks = before.shape
+    rows = (num_tokens - torch.arange(blocks, device=before.device) * BLOCK).clamp(max=BLOCK)
+    pairs = (before.long() * rows).sum().item() * BLOCK
+    squares, rest = divmod(num_tokens, diagonal)
+    pairs += heads * (squares * diagonal * (diagonal + 1) + rest * (rest + 1)) // 2
+    return pairs / (heads * num_tokens * (num_tokens + 1) // 2)
+
+
+class Peer:
+    """One problem under another project's kernel, with that project's defaults but for one parameter."""
+
+    default: float
+    dense: float | None = None
+    """The parameter that selects everything, where there is one: the result must then be exact."""
+
+    def __init__(self, problem: Problem, path: Path):
+        self.problem = problem
+        with plain_reasons():
+            self.load(path)
+
+    def run(self, value: float) -> torch.Tensor:
+        """[num_tokens, num_heads, head_size]"""
+        with plain_reasons():
+            return self.attend(value)
+
+    def density(self, value: float) -> float:
+        with plain_reasons(), recorded(self.module, self.selects) as results:
+            self.attend(value)
+            # A short sequence is left to dense attention, without a selection.
+            return density(*self.before(results[0])) if results else 1.0
+
+
+class PBS(Peer):
+    """xinghaow99/pbs-attn: keys are permuted in segments, then blocks are selected until `threshold` of the pooled
+    scores is covered. [batch, heads, tokens, head_size], as many KV heads as heads. Its own patch for models repeats
+    the KV heads before the call: the repeating is counted in neither time nor memory."""
+
+    default = 0.9
+    dense = 1  # an int: 1.0 would be a share to cover
+    selects = "permuted_block_selection"
+    segment = 256
+
+    def load(self, path: Path) -> None:
+        if not (path / "pbs_attn").is_dir():
+            raise ImportError(f"there is no {path / 'pbs_attn'}")
+        sys.path.insert(0, str(path))  # its modules import each other by the package's name
+        try:
+            self.module = importlib.import_module("pbs_attn.src.pbs")
+        finally:
+            sys.path.remove(str(path))
+        p = self.problem
+        group = p.shape.num_heads // p.shape.num_kv_heads
+        self.query = p.query.transpose(0, 1)[None].contiguous()
+        self.key, self.value = (t.transpose(0, 1).repeat_interleave(group, 0)[None] for t in (p.key, p.value))
+
+    def at(self, looseness: float) -> float:
+        return 1 - looseness
+
+    def attend(self, value: float) -> torch.Tensor:
+        out = self.module.permuted_block_sparse_attn_fwd(
+            self.query, self.key, self.value, block_size=BLOCK, segment_size=self.segment, threshold=value, causal=True,
+            force_select_first_block=value != self.dense,  # its mask of everything cannot be written to
+        )  # fmt: skip
+        return out[0].transpose(0, 1)
+
+    def before(self, result: tuple) -> tuple:
+        # The mask says nothing of its own segment, which is visited whole; later ones it may name, but none is visited.
+        mask = result[1][0]
+        segment = torch.arange(mask.shape[-1], device=mask.device) * BLOCK // self.segment
+        return (mask & (segment < segment[:, None])).sum(-1), self.problem.num_tokens, self.segment
+
+
+class FlashPrefill(Peer):
+    """qhfan/FlashPrefill: blocks whose pooled score is at least `alpha` times the row's largest, with its values for
+    Llama. [batch, tokens, heads, head_size], GQA."""
+
+    default = 0.18
+    dense = 0.0
+    selects = "deal_output_score"
+
+    def load(self, path: Path) -> None:
+        # It takes two decorators from flash-linear-attention, for tensors with gaps and for autocast. There is neither
+        # here, and the package need not be.
+        utils = types.ModuleType("fla.utils")
+        utils.contiguous = utils.autocast_custom_fwd = lambda function: function
+        stand_ins = {"fla": types.ModuleType("fla"), "fla.utils": utils}
+        kept = {name: sys.modules[name] for name in stand_ins if name in sys.modules}
+        sys.modules.update(stand_ins)
+        try:
+            self.module = load_file(path / "ops" / "flashprefill_native_forward.py")
+        finally:
+            for name in stand_ins:
+                del sys.modules[name]
+            sys.modules.update(kept)
+
+    def at(self, looseness: float) -> float:
+        return looseness
+
+    def attend(self, value: float) -> torch.Tensor:
+        p = self.problem
+        out = torch.empty_like(p.query)
+        self.module.flash_prefill(
+            p.query[None], p.key[None], p.value[None], out[None], block_size=BLOCK, attention_sink=2, window_size=4,
+            alpha=value, last_n_block_full=2, min_budget=0,
+        )  # fmt: skip
+        return out
+
+    def before(self, result: tuple) -> tuple:
+        return result[1][0].T - 1, self.problem.num_tokens  # [blocks, num_heads], the diagonal block among them
+
+
+class FlexPrefill(Peer):
+    """ByteDance-Seed/FlexPrefill: vertical and slash blocks, or blocks by pooled scores, that cover `gamma` of the
+    mass, with the values of its README. [batch, tokens, heads, head_size], GQA."""
+
+    default = 0.9
+    selects = "get_active_blocks"
+
+    def load(self, path: Path) -> None:
+        # By its file: its package imports patches for models of another transformers.
+        self.module = load_file(path / "flex_prefill" / "ops" / "flex_prefill_attention.py")
+
+    def at(self, looseness: float) -> float:
+        return 1 - looseness
+
+    def attend(self, value: float) -> torch.Tensor:
+        p = self.problem
+        return self.module.flex_prefill_attention(
+            p.query[None], p.key[None], p.value[None], gamma=value, tau=0.1, min_budget=512, block_size=BLOCK
+        )[0]
+
+    def before(self, result: list) -> tuple:
+        # Places of the selected blocks in the square of all blocks, without doubles.
+        blocks = -(-self.problem.num_tokens // BLOCK)
+        rows = (places[places % blocks < places // blocks] // blocks for places in result[0])
+        return torch.stack([torch.bincount(r, minlength=blocks) for r in rows]), self.problem.num_tokens
+
+
+PEERS: dict[str, type[Peer]] = {"pbs": PBS, "flashprefill": FlashPrefill, "flexprefill": FlexPrefill}
