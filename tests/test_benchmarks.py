@@ -1,6 +1,7 @@
 """Benchmarks refuse to write a result that shows nothing."""
 
 import contextlib
+import csv
 import importlib.util
 import json
 import sys
@@ -66,3 +67,44 @@ def test_a_long_prompt_that_was_dense_fails(needles, steps):
     assert caught.value.code == (  # a text: printed, and exit status 1
         "serving.py: no step with a density below 1 for the prompts of 4000 tokens, depth 50%; nothing is written."
     )
+
+
+def test_latency_writes_a_row_per_run(monkeypatch, tmp_path):
+    """A server whose every benchmark logs two chunks of a prompt; the table names what was run."""
+    commands = []
+
+    class Benched:
+        log, port, name, env = "", 1, "model", {}
+
+    server = Benched()
+
+    really_run = serving.subprocess.run
+
+    def run(command, **options):
+        if "bench" not in command:  # git, which names the commit
+            return really_run(command, **options)
+        commands.append(command)
+        at = {name: command[command.index(name) + 1] for name in ("--random-input-len", "--max-concurrency")}
+        tokens = int(at["--random-input-len"])
+        for begin, share in ((0, 0.4), (tokens // 2, 0.1)):
+            line = f"query={tokens // 2} seq={begin + tokens // 2} density={share:.3f} sparse_layers=2/2 | total"
+            server.log += f"INFO s2o: prefill {line}\n"
+        figures = {"completed": 3, "median_ttft_ms": 12.3, "total_token_throughput": 456.7}
+        (tmp_path / "logs" / "bench.json").write_text(json.dumps(figures))
+        return serving.subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(serving.subprocess, "run", run)
+    monkeypatch.setattr(serving, "serve", lambda *_: contextlib.nullcontext(server))
+    table = tmp_path / "serving.csv"
+    arguments = ["--tokens", "1000", "2000", "--concurrency", "1", "8", "--providers", "s2o", "--prompts", "3"]
+    files = ["--out", str(tmp_path / "result.json"), "--logs", str(tmp_path / "logs"), "--table", str(table)]
+    monkeypatch.setattr(sys, "argv", ["serving.py", "latency", "model", *arguments, *files])
+    serving.main()
+    rows = list(csv.DictReader(table.open(newline="")))
+    assert [(row["prompt_len"], row["concurrency"]) for row in rows] == [
+        ("1000", "1"), ("1000", "8"), ("2000", "1"), ("2000", "8"),
+    ]  # fmt: skip
+    assert {(row["backend"], row["ttft_ms_p50"], row["tokens_per_s"]) for row in rows} == {("s2o", "12", "457")}
+    # Chunks count with their causal pairs: 1 : 3.
+    assert {float(row["density"]) for row in rows} == {0.175}
+    assert [command[command.index("--num-prompts") + 1] for command in commands] == ["3", "8", "3", "8"]
