@@ -7,9 +7,8 @@ PORT = 8000
 MODEL = $(SMOLLM2)
 # Further flags for the server.
 ARGS =
-# For `make bench`: other projects' kernels by their checkouts, and whether to measure whole servers too.
+# For `make bench`: other projects' kernels, by their checkouts.
 PEERS =
-SERVING =
 
 VLLM = 0.32.0
 TORCH = 2.13.0
@@ -40,7 +39,7 @@ export PYTHONSAFEPATH = 1
 SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .ONESHELL:
-.PHONY: help serve serve-command test test-fast bench install discard clean
+.PHONY: help serve serve-command test test-fast bench bench-attention bench-serving needs-gpu install discard clean
 
 help: ## list what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -59,16 +58,22 @@ test: $(INSTALLED) $(SMOLLM2)/prepared.txt ## run all tests
 test-fast: $(INSTALLED) ## run the tests that start no server
 	@.venv/bin/pytest -m "not serving"
 
-bench: $(INSTALLED) $(SMOLLM2)/prepared.txt ## on a GPU: write benchmarks/results/; PEERS="pbs=PATH ...", SERVING=1
-	@[ -n "$(GPU)" ] || { echo "make bench needs an NVIDIA GPU, and nvidia-smi finds none." >&2; exit 1; }
-	.venv/bin/pip install --quiet --disable-pip-version-check --editable ".[bench]"
-	# The scripts stand beside what they import.
+bench: bench-attention bench-serving ## on a GPU: both benchmarks, into benchmarks/results/
+
+# The scripts stand beside what they import, which PYTHONSAFEPATH would hide.
+bench-attention: needs-gpu $(INSTALLED) ## one layer's attention beside other kernels; PEERS="pbs=PATH ..." adds peers
+	@.venv/bin/pip install --quiet --disable-pip-version-check --editable ".[bench]"
 	unset PYTHONSAFEPATH
 	.venv/bin/python benchmarks/attention.py --out benchmarks/results/attention.csv $(PEERS:%=--peer %)
 	.venv/bin/python benchmarks/plot.py benchmarks/results/attention.csv --out benchmarks/results/attention.png
-	[ -z "$(SERVING)" ] || .venv/bin/python benchmarks/serving.py latency $(SMOLLM2) --shape llama-3.1-8b \
-		--tokens 32768 131072 --concurrency 1 8 --providers s2o_budget_10 flash_attn --prompts 3 \
+
+bench-serving: needs-gpu $(SMOLLM2)/prepared.txt ## whole servers, S2O and FLASH_ATTN
+	@.venv/bin/python benchmarks/serving.py latency $(SMOLLM2) --shape llama-3.1-8b --tokens 32768 131072 \
+		--concurrency 1 8 --providers s2o_budget_10 flash_attn --prompts 3 \
 		--out benchmarks/results/serving.json --table benchmarks/results/serving.csv
+
+needs-gpu:
+	@[ -n "$(GPU)" ] || { echo "make bench needs an NVIDIA GPU, and nvidia-smi finds none." >&2; exit 1; }
 
 install: $(INSTALLED) ## make the virtual environment .venv
 
