@@ -45,11 +45,10 @@ def rank_keys(query, key_cache, block_table, segments, num_slots: int, num_class
     return rank.rank_keys(query, key_cache, block_table, segments, num_slots, num_classes, **sizes)
 
 
-def attend(query, key_cache, value_cache, block_table, segments, tiles, slots, order, *args, tile_size, **rules):
+def attend(query, key_cache, value_cache, block_table, segments, tiles, slots, order, *args, **rules) -> torch.Tensor:
     """`prefill.attend`."""
-    kernel = prefill
-    if uses_gluon() and hopper.unsuitable(query, key_cache, value_cache, order is not None, tile_size) is None:
+    kernel, interval = prefill, rules["key_block"] * rules["stop_interval"]
+    problem = (query, key_cache, value_cache, order is not None, rules["tile_size"], interval)
+    if uses_gluon() and hopper.unsuitable(*problem) is None:
         kernel = hopper
-    return kernel.attend(
-        query, key_cache, value_cache, block_table, segments, tiles, slots, order, *args, tile_size=tile_size, **rules
-    )
+    return kernel.attend(query, key_cache, value_cache, block_table, segments, tiles, slots, order, *args, **rules)

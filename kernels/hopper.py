@@ -373,8 +373,12 @@ class Launch(NamedTuple):
     """Registers of a thread, by what it does: 65,536 are shared out."""
 
 
-def unsuitable(query, key_cache, value_cache, ordered: bool, tile_size: int) -> str | None:
-    """Why this kernel cannot take such a problem and `prefill.attend` must, or None."""
+def unsuitable(query, key_cache, value_cache, ordered: bool, tile_size: int, interval: int) -> str | None:
+    """Why this kernel cannot take such a problem and `prefill.attend` must, or None.
+
+    Args:
+        interval: keys between two stop tests.
+    """
     if torch.cuda.get_device_capability(query.device)[0] != 9:
         return "the GPU is no Hopper"
     if query.dtype not in (torch.bfloat16, torch.float16):
@@ -385,6 +389,8 @@ def unsuitable(query, key_cache, value_cache, ordered: bool, tile_size: int) -> 
         return "queries in another order"
     if tile_size not in (64, 128):
         return f"tile_size={tile_size}"
+    if interval % 32:  # blocks are whole between two tests; smaller ones were never run
+        return f"a stop test every {interval} keys"
     strides = (key_cache.stride(), value_cache.stride())
     if strides[0][3] != 1 or strides[0][:2] != strides[1][:2]:
         return "cache strides"

@@ -65,7 +65,8 @@ def test_stops_where_the_triton_kernel_stops(dtype, head_size, tile, layout, rul
     wave = one_wave(case, params)
     slots = ranked(rank, case, wave)
     threshold = 0.0 if params.budget else params.threshold
-    assert hopper.unsuitable(case.query, case.key_cache, case.value_cache, False, tile) is None
+    interval = params.key_block * params.stop_interval
+    assert hopper.unsuitable(case.query, case.key_cache, case.value_cache, False, tile, interval) is None
     results = []
     for module in (prefill, hopper, hopper):
         out = torch.full_like(case.query, float("nan"))
@@ -86,9 +87,12 @@ def test_stops_where_the_triton_kernel_stops(dtype, head_size, tile, layout, rul
 
 @gpu
 @needs_hopper
-def test_what_does_not_suit_takes_the_triton_kernel():
-    case = make_case([300], [300], head_size=96, dtype=torch.bfloat16)
-    params = S2OParams(threshold=0.02, segment_len=128)
+@pytest.mark.parametrize("why", ["head size", "order", "interval", "dtype"])
+def test_what_does_not_suit_takes_the_triton_kernel(why):
+    dtype = torch.float32 if why == "dtype" else torch.bfloat16
+    case = make_case([300], [300], head_size=96 if why == "head size" else 64, dtype=dtype)
+    rules = {"order": dict(query_order="guide"), "interval": dict(key_block=16, stop_interval=1)}.get(why, {})
+    params = S2OParams(threshold=0.02, segment_len=128, **rules)
     ours = prefill_attention(**case.arguments, params=params)
     assert torch.equal(ours, prefill_attention(**case.arguments, params=params, implementation="triton"))
 
@@ -111,3 +115,34 @@ def test_giving_up_leaves_the_triton_kernels(monkeypatch):
     assert not cuda.uses_gluon()
     assert "without those in Gluon: they do not compile here (SomeError)" in cuda.describe(DEVICE)
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"capability": (8, 0)}, "the GPU is no Hopper"),
+        ({"dtype": torch.float32}, "torch.float32"),
+        ({"head_size": 96}, "head size 96"),
+        ({"ordered": True}, "queries in another order"),
+        ({"tile": 32}, "tile_size=32"),
+        ({"interval": 16}, "a stop test every 16 keys"),
+        ({"layout": "transposed_keys"}, "cache strides"),
+        ({"shift": 1}, "cache alignment"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_reasons_for_the_triton_kernel(monkeypatch, change, reason):
+    """Decided on the host, from types, strides and addresses."""
+    from vllm_s2o.kernels import hopper
+
+    given = dict(capability=(9, 0), dtype=torch.bfloat16, head_size=128, ordered=False, tile=128, interval=256)
+    given |= dict(layout="joined_rows", shift=0) | change
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: given["capability"])
+    case = make_case([40], [60], head_size=given["head_size"], dtype=given["dtype"], layout=given["layout"])
+    key_cache, shift = case.key_cache, given["shift"]
+    if shift:  # rows that begin beside a multiple of 16 bytes
+        memory = torch.zeros(key_cache.numel() * 2 + shift, dtype=key_cache.dtype, device=DEVICE)
+        key_cache = memory[shift:].as_strided(key_cache.shape, key_cache.stride())
+    problem = (case.query, key_cache, case.value_cache, given["ordered"], given["tile"], given["interval"])
+    assert hopper.unsuitable(*problem) == reason
