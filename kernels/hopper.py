@@ -9,8 +9,10 @@ is who does what and when:
 A buffer's two barriers say that it is *full* (the copies have landed) and *free* (all products have read it). The
 halves of a tile run apart, so that one's softmax fills the gaps of the other's products; they meet where the tile is
 judged.
-When it stops, the gathering warps are blocks ahead: they learn of it behind the next free buffer, and what they have
-fetched is lost.
+When it stops, the gathering warps are blocks ahead, and what they have fetched is lost. The halves leave the number of
+a block that is not to be fetched any more, one ring after their last: all gathering warps compare with it, and before
+that block each of them has waited for a buffer that was freed after the number was left. So they stop together; a plain
+flag could be seen by some of them a block earlier than by the others, which would wait for them forever.
 """
 
 import math
@@ -71,7 +73,7 @@ def _gather(
     row = gl.arange(0, BLOCK, gl.SliceLayout(1, layout))
     d = gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
     one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    stopped = buffers[2]
+    end_block = buffers[2]
 
     position = gl.minimum(history + row, end - 1)
     page = gl.load(table + position // PAGE)
@@ -92,7 +94,7 @@ def _gather(
             slot = ahead
             seen += BLOCK
             i += 1
-            going = (seen < limit) & (gl.max(stopped.load(one), 0) == 0)
+            going = (seen < limit) & (i < gl.max(end_block.load(one), 0))
     async_copy.wait_group(0)
 
 
@@ -178,7 +180,7 @@ def _visit(
     UNIT: gl.constexpr, INTERVAL: gl.constexpr, WORST_ROW: gl.constexpr,
 ):  # fmt: skip
     """Both passes for one half of a tile."""
-    k_ring, v_ring, stopped = buffers
+    k_ring, v_ring, end_block = buffers
     k_full, k_free, v_full, v_free = barriers
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -232,7 +234,7 @@ def _visit(
         going = (judged >= threshold) & (seen < limit)
 
     one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    stopped.store(gl.full([1], 1, gl.int32, one))
+    end_block.store(gl.full([1], i + STAGES, gl.int32, one))
     acc = warpgroup_mma_wait(0, [_weighted(p, acc, v_ring, v_full, i - 1, STAGES)])
     mbarrier.arrive(v_free.index((i - 1) % STAGES), count=1)
     l = gl.convert_layout(l, gl.SliceLayout(1, ACC))
@@ -277,7 +279,7 @@ def _attend(
     queries = gl.allocate_shared_memory(dtype, [HALVES, ROWS, D], q_shared)
     k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D], ring)
     v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D], ring)
-    stopped = gl.allocate_shared_memory(gl.int32, [1], plain)
+    end_block = gl.allocate_shared_memory(gl.int32, [1], plain)
     verdict = gl.allocate_shared_memory(gl.float32, [4, 1], plain)
     met = gl.allocate_shared_memory(gl.int64, [1], bar)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
@@ -291,7 +293,7 @@ def _attend(
         mbarrier.init(k_free.index(stage), count=HALVES)
         mbarrier.init(v_free.index(stage), count=HALVES)
     one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    stopped.store(gl.full([1], 0, gl.int32, one))
+    end_block.store(gl.full([1], 2**31 - 1, gl.int32, one))
 
     load: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4, 1], [1, 0])
     r = gl.arange(0, ROWS, gl.SliceLayout(1, load))
@@ -303,7 +305,7 @@ def _attend(
 
     out = Out + query_row * stride_o_token + head * stride_o_head
     visited = Visited + tile * gl.num_programs(0) + head
-    buffers = (k_ring, v_ring, stopped)
+    buffers = (k_ring, v_ring, end_block)
     barriers = (k_full, k_free, v_full, v_free)
     keys, values = Keys + kv_head * stride_k_head, Values + kv_head * stride_v_head
     table = BlockTable + seq * stride_table
@@ -399,7 +401,8 @@ def unsuitable(query, key_cache, value_cache, ordered: bool, tile_size: int, int
     steps = [s for stride in strides for s in stride[:3]]
     if any(s % 16 for s in steps) or key_cache.data_ptr() % 16 or value_cache.data_ptr() % 16:
         return "cache alignment"
-    if key_cache.shape[0] * strides[0][0] // 8 >= 2**32:
+    blocks, block_size = key_cache.shape[:2]
+    if ((blocks - 1) * strides[0][0] + (block_size - 1) * strides[0][1]) // 8 >= 2**32:
         return "cache size"
     return None
 
@@ -411,7 +414,8 @@ def attend(
     """`prefill.attend` for what is not `unsuitable`."""
     num_heads, head_size = query.shape[1:]
     block_size, num_kv_heads = key_cache.shape[1:3]
-    options = options or Launch(**tuned.options("hopper", head_size, query.device))
+    if options is None:  # tuned for tiles of 128 rows
+        options = Launch(**tuned.options("hopper", head_size, query.device)) if tile_size == 128 else Launch()
     visited = torch.empty(len(tiles), num_heads, dtype=torch.int32, device=query.device)
     strides = key_cache.stride()
     halves = tile_size // ROWS.value

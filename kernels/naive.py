@@ -109,6 +109,7 @@ def order_queries(query, key_cache, segments, slots, segment_len: int) -> torch.
             best = ranking_of(slots, segment, kv_head)[:NUM_GUIDE_KEYS]
             guide = read_rows(key_cache, best, kv_head).mean(0)
             products = query[rows, head].float() @ guide
+            products = products.nan_to_num(nan=torch.finfo(torch.float32).min, neginf=-math.inf)
             order[index, head, : segment[NUM_QUERIES]] = products.argsort(descending=True, stable=True).int()
     return order
 

@@ -164,9 +164,10 @@ def _score(
             Mean, Keys, table, segment, present, key, key < longest, kv_head, num_kv_heads,
             stride_block, stride_token, stride_head, stride_dim, PAGE, D, BLOCK_D, PRECISION,
         )  # fmt: skip
-        # The square root of the logistic function; a NaN comes last.
+        scores = tl.where(scores == scores, scores, -_BOUND)
+        scores = tl.minimum(tl.maximum(scores, -_BOUND), _BOUND)
+        # The square root of the logistic function.
         share = tl.rsqrt(1 + tl.exp2((scores - mean[:, None]) * slope[:, None]))
-        share = tl.where(scores == scores, share, 1.0)
         cls = tl.minimum(share * CLASSES, CLASSES - 1).to(tl.int32).to(tl.uint8)
         visible = present[:, None] & (key[None, :] < history[:, None])
         tl.store(Classes + begin[:, None] + key[None, :], cls, mask=visible)
@@ -273,7 +274,7 @@ def _guide(
         i = start + tl.arange(0, ROWS)
         at = Query + (query_row + i)[:, None] * stride_q_token + head * stride_q_head + d[None, :]
         q = tl.load(at, mask=(i < num_queries)[:, None] & (d < D)[None, :], other=0).to(tl.float32)
-        product = tl.sum(q * guide[None, :], 1)
+        product = tl.where(history > 0, tl.sum(q * guide[None, :], 1), 0.0)
         out = Products + (segment * tl.num_programs(1) + head) * S + i
         tl.store(out, product, mask=i < num_queries)
 

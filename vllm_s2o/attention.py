@@ -1,5 +1,6 @@
 """`prefill_attention`: checks the arguments once, plans the step and runs its stages on the device at hand."""
 
+import contextlib
 import functools
 import importlib
 import itertools
@@ -16,7 +17,8 @@ from vllm_s2o.plan import StepPlan, Wave, make_plan
 Implementation = Literal["auto", "cuda", "triton", "cpu", "naive"]
 
 WORKSPACE_BYTES = 448 * 2**20
-"""Rankings and classes held at one time, at most. With the small tables beside them a step stays below 512 MiB."""
+"""Rankings and classes held at one time, at most. With the small tables beside them a step stays below 512 MiB.
+Queries in another order than their positions, which are for experiments, take more."""
 
 MAX_SLOTS = WORKSPACE_BYTES // 5
 """Each entry is an index (int32) and its importance class (uint8)."""
@@ -236,19 +238,26 @@ def warm_up(
 
     kernels = stages("auto", device)
     try:
-        try:
-            compile_all()
-        except OutOfResources:
-            raise
-        except Exception as error:  # whatever a compiler says of kernels written for other versions of it
-            if device.type != "cuda" or not kernels.uses_gluon():
-                raise
+        compile_all()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler says of kernels written for other versions of it
+        if getattr(kernels, "uses_gluon", bool)():
             kernels.give_up(f"they do not compile here ({type(error).__name__})")
-            compile_all()
-    except OutOfResources as error:
+            # What was compiled before counted on the Gluon kernels too.
+            warm_up.cache_clear()
+            again, _warmed[:] = [*_warmed, (num_heads, cache_shape, dtype, device, params)], []
+            return [warm_up(*given) for given in again][-1]
+        if not isinstance(error, OutOfResources):
+            raise
         sizes = f"head size {head_size} with tile_size={params.tile_size} and key_block={params.key_block}"
         return f"{sizes} needs {error.required} of {error.name}, this GPU has {error.limit}"
+    _warmed.append((num_heads, cache_shape, dtype, device, params))
     return None
+
+
+_warmed: list[tuple] = []
+"""What `warm_up` has compiled for."""
 
 
 def prefill_attention(
@@ -304,10 +313,12 @@ def prefill_attention(
     query = query if query.stride(-1) == 1 else query.contiguous()
     block_table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
     plan = plan_step(query_lens, lens, params, key_cache.shape[2])
-    visited = run(
-        query, key_cache, value_cache, block_table, to_device(plan, query.device), params, scale, out,
-        implementation=implementation,
-    )  # fmt: skip
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
+        visited = run(
+            query, key_cache, value_cache, block_table, to_device(plan, query.device), params, scale, out,
+            implementation=implementation,
+        )  # fmt: skip
     if not return_stats:
         return out
     causal = torch.tensor(plan.causal_pairs, dtype=torch.int64, device=query.device)
@@ -341,6 +352,9 @@ def _check(query, key_cache, value_cache, block_table, query_start_loc, seq_lens
         "query, key_cache and value_cache must share one dtype of bfloat16, float16 and float32, "
         f"got {query.dtype}, {key_cache.dtype} and {value_cache.dtype}",
     )
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        reach = max((cache.shape[1] - 1) * cache.stride(1), (head_size - 1) * cache.stride(3))
+        _require(reach < 2**31, f"{name}'s strides reach {reach} elements within a block, supported are 2^31 - 1")
     num_seqs = seq_lens.shape[0]
     for name, tensor, shape in (
         ("block_table", block_table, (num_seqs, None)),

@@ -113,8 +113,9 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
         problem = None
         if device.type == "cuda" and self.s2o_layers:
             shape = (kv_cache_spec.block_size, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
-            num_heads = self.s2o_layers[0].impl.num_heads
-            problem = attention.warm_up(num_heads, shape, vllm_config.model_config.dtype, device, self.s2o.params)
+            for num_heads in sorted({layer.impl.num_heads for layer in self.s2o_layers}):
+                wrong = attention.warm_up(num_heads, shape, vllm_config.model_config.dtype, device, self.s2o.params)
+                problem = problem or wrong
         dense: dict[str, list[str]] = {}
         for layer in ours:
             reason = layer.impl.settle(layer, self.s2o, problem)

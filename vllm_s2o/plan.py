@@ -16,6 +16,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+MAX_TILES = 65535
+"""Of one wave: as many rows as a CUDA grid has."""
+
 
 class Segment(NamedTuple):
     """Queries that share a ranking. One row of the table that the kernels read."""
@@ -156,13 +159,16 @@ def make_plan(
     # Neighbours of one sequence stay together, so that they can be scored in one product.
     waves: list[Wave] = []
     batch: list[Segment] = []
-    used = longest = 0
+    used = longest = tiles = 0
     for segment in reversed(segments):
         need = segment.history * num_kv_heads
         longest = max(longest, need)
-        if batch and (used + need > max_slots or (len(batch) + 1) * longest > 2 * max_slots):
+        most_tiles = segment.num_queries // tile_size + 2
+        full = used + need > max_slots or (len(batch) + 1) * longest > 2 * max_slots or tiles + most_tiles > MAX_TILES
+        if batch and full:
             waves.append(_wave(batch, used, tile_size, by_position))
-            batch, used, longest = [], 0, need
+            batch, used, longest, tiles = [], 0, need, 0
+        tiles += most_tiles
         batch.append(segment._replace(offset=used))
         used += need
     if batch:

@@ -55,6 +55,12 @@ def test_dense_runs():
     assert dense_runs([9], [0]) == []
 
 
+def test_a_wave_fits_a_grid():
+    plan = make_plan([1] * 70_000, [1] * 70_000, segment_len=16, tile_size=16, num_kv_heads=1, max_slots=99)
+    assert sum(len(wave.tiles) for wave in plan.waves) == 70_000
+    assert max(len(wave.tiles) for wave in plan.waves) <= 65_535
+
+
 @given(rows=rows, segment_len=st.sampled_from([16, 64, 512]))
 def test_most_segments(rows, segment_len):
     query_lens = [q + 5 for q, _ in rows]

@@ -1,5 +1,7 @@
 """The public function: dense at threshold 0, the same on every path, and clear about bad arguments."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from cases import DEVICE, LAYOUTS, error_bar, make_case
@@ -190,11 +192,47 @@ def test_a_gpu_that_is_too_small_is_a_reason(monkeypatch):
         raise OutOfResources(147456, 101376, "shared memory")
 
     monkeypatch.setattr(attention, "run", run)
+    monkeypatch.setattr(attention, "stages", lambda *_: SimpleNamespace())
     attention.warm_up.cache_clear()
     reason = attention.warm_up(4, (16, 2, 256), torch.float32, DEVICE, SPARSE)
     attention.warm_up.cache_clear()
     assert "head size 256" in reason
     assert "needs 147456 of shared memory, this GPU has 101376" in reason
+
+
+def test_kernels_that_do_not_compile_are_given_up(monkeypatch):
+    """And what was compiled before with them is compiled again without."""
+    state, compiled = {"gluon": True}, []
+
+    def run(query, *_):
+        compiled.append((query.shape[1], state["gluon"]))
+        if state["gluon"] and query.shape[1] == 6:
+            raise RuntimeError("PassManager::run failed")
+
+    kernels = SimpleNamespace(
+        uses_gluon=lambda: state["gluon"], give_up=lambda reason: state.update(gluon=False, reason=reason)
+    )
+    monkeypatch.setattr(attention, "run", run)
+    monkeypatch.setattr(attention, "stages", lambda *_: kernels)
+    monkeypatch.setattr(attention, "_warmed", [])
+    attention.warm_up.cache_clear()
+    for num_heads in (4, 6):
+        assert attention.warm_up(num_heads, (16, 2, 16), torch.float32, DEVICE, SPARSE) is None
+    attention.warm_up.cache_clear()
+    assert state["reason"] == "they do not compile here (RuntimeError)"
+    assert {(4, True), (4, False), (6, False)} <= set(compiled)
+
+
+def test_memory_that_is_short_is_no_reason_to_give_up(monkeypatch):
+    def run(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    kernels = SimpleNamespace(uses_gluon=lambda: True, give_up=lambda reason: pytest.fail(reason))
+    monkeypatch.setattr(attention, "run", run)
+    monkeypatch.setattr(attention, "stages", lambda *_: kernels)
+    attention.warm_up.cache_clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        attention.warm_up(4, (16, 2, 16), torch.float32, DEVICE, SPARSE)
 
 
 def strided(tensor):
@@ -272,6 +310,14 @@ def test_bad_arguments(change, message):
         prefill_attention(**({"params": DENSE} | case.arguments | change(case)))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_strides_that_32_bits_do_not_hold():
+    case = make_case([40], [60])
+    arguments = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in case.arguments.items()}
+    arguments["key_cache"] = torch.empty_strided(case.key_cache.shape, (2048, 2**28, 64, 1), device="meta")
+    with pytest.raises(ValueError, match="key_cache's strides reach 4026531840 elements within a block"):
+        prefill_attention(**arguments, params=DENSE)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the kernels run on the GPU, where bfloat16 is tested")
