@@ -15,24 +15,26 @@ DEPTHS = {1000: (0.1, 0.5, 0.9), 4000: (0.1,), 7800: (0.5,)}
 
 
 @pytest.fixture(scope="module", params=DEPTHS, ids="{} tokens".format)
-def found(request, dense, s2o, count_tokens):
-    """Per prompt: whether dense attention and S2O found the needle."""
+def found(request, s2o, count_tokens):
+    """Needles, and whether S2O found them."""
     found = {}
     for n in (needle(request.param, depth, 1, count_tokens) for depth in DEPTHS[request.param]):
-        found[n.name] = tuple(n.number in server.ask(n.prompt) for server in (dense, s2o))
+        found[n] = n.number in s2o.ask(n.prompt)
         if CUDA:  # a GPU takes less than the time that lines of the log keep between them
             time.sleep(2 * LOG_INTERVAL)
     return found
 
 
-def test_no_worse_than_dense(found):
-    by_dense, by_s2o = (sum(column) for column in zip(*found.values(), strict=True))
-    assert by_dense >= 1, f"dense attention finds none of these: {found}"
-    assert by_s2o >= by_dense, found
+def test_no_worse_than_dense(found, request):
+    assert any(found.values()), f"S2O finds none of these: {[n.name for n in found]}"
+    missed = [n for n, was_found in found.items() if not was_found]
+    if missed:  # asked only then: it takes as long again
+        dense = request.getfixturevalue("dense")
+        assert [n.name for n in missed if n.number in dense.ask(n.prompt)] == []
 
 
 def test_log_shows_sparsity(found, s2o):
-    length = int(next(iter(found)).split()[0])
+    length = int(next(iter(found)).name.split()[0])
     steps = [step for step in prefills(s2o.log) if 0.9 * length < sum(step.query_lens) < 1.1 * length]
     if length < 2048:
         assert not steps, "sequences below min_seq_len stay dense"
