@@ -73,6 +73,15 @@ def _scores(
     return tl.dot(mean, keys, input_precision=PRECISION)
 
 
+@triton.jit
+def _join(n, mean, squares, n_more, mean_more, squares_more):
+    """Count, mean and sum of squared deviations of two samples together."""
+    both = tl.maximum(n + n_more, 1)
+    step = mean_more - mean
+    squares += squares_more + step * step * (n * n_more / both)
+    return n + n_more, mean + step * (n_more / both), squares
+
+
 @triton.jit(do_not_specialize=["stride_table", "num_parts"])
 def _spread(
     Mean, Keys, BlockTable, Segments, Groups, Spread, num_kv_heads, num_parts,
@@ -107,11 +116,7 @@ def _spread(
             n_here = tl.sum(visible.to(tl.float32), 1)
             mean_here = tl.sum(tl.where(visible, scores, 0.0), 1) / tl.maximum(n_here, 1)
             apart = tl.where(visible, scores - mean_here[:, None], 0.0)
-            both = tl.maximum(n + n_here, 1)
-            step = mean_here - mean
-            squares += tl.sum(apart * apart, 1) + step * step * (n * n_here / both)
-            mean += step * (n_here / both)
-            n += n_here
+            n, mean, squares = _join(n, mean, squares, n_here, mean_here, tl.sum(apart * apart, 1))
     at = Spread + ((segment * num_kv_heads + kv_head) * num_parts + part) * 3
     tl.store(at, n, mask=present)
     tl.store(at + 1, mean, mask=present)
@@ -148,11 +153,8 @@ def _score(
     for part in range(num_parts):
         at = Spread + ((segment * num_kv_heads + kv_head) * num_parts + part) * 3
         n_here = tl.load(at, mask=present, other=0)
-        both = tl.maximum(n + n_here, 1)
-        step = tl.load(at + 1, mask=present, other=0) - mean
-        squares += tl.load(at + 2, mask=present, other=0) + step * step * (n * n_here / both)
-        mean += step * (n_here / both)
-        n += n_here
+        mean_here = tl.load(at + 1, mask=present, other=0)
+        n, mean, squares = _join(n, mean, squares, n_here, mean_here, tl.load(at + 2, mask=present, other=0))
     slope = LOGISTIC / tl.maximum(tl.sqrt(squares / tl.maximum(n, 1)), 1e-20)
 
     # Segments are whole tiles, 16 rows at least: with that the compiler stores 16 classes at a time.
