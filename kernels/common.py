@@ -1,5 +1,7 @@
 """What the Triton files share."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -19,3 +21,12 @@ def block_dim(head_size: int) -> int:
 def dot_precision(tensor: torch.Tensor) -> str:
     """fp32 inputs are multiplied as such: Triton's default would round them to tf32."""
     return "ieee" if tensor.dtype == torch.float32 else "tf32"
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program may take; 0 without a GPU, where it does not matter."""
+    if device.type != "cuda":
+        return 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from . import naive
-from .common import block_dim, dot_precision, split_slot
+from .common import block_dim, dot_precision, shared_memory, split_slot
 from .tables import MAX_SCORED_TOGETHER, SORT_BLOCK, SPREAD_KEYS, table_words
 
 SCORE_KEYS = 128
@@ -321,7 +321,9 @@ def rank_keys(
         PAGE=block_size, SEGMENTS=16 if len(groups) == count else MAX_SCORED_TOGETHER, KEYS=SCORE_KEYS,
         PRECISION=dot_precision(query), **dims,
     )  # fmt: skip
-    product["num_warps"] = product["SEGMENTS"] // 8 if product["SEGMENTS"] > 32 else 4
+    # Without a pipeline on GPUs whose shared memory holds what the attention needs, and not three stages of keys.
+    stages = 3 if shared_memory(query.device) >= 128 * 1024 else 1
+    product |= dict(num_warps=8 if product["SEGMENTS"] > 32 else 4, num_stages=stages)
     _spread[(num_parts, num_kv_heads, len(groups))](
         mean, key_cache, block_table, segments, groups, spread, num_kv_heads, num_parts, *where,
         PART=SPREAD_KEYS, **product,
