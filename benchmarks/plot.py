@@ -2,6 +2,10 @@
 """Pictures of the results: time and speed-up against length, error against density.
 
     python benchmarks/plot.py benchmarks/results/attention.csv [MORE.csv ...] --out benchmarks/results/attention.png
+                              [--shape SHAPE]
+
+A picture shows one shape, by default that of S2O's first row: a line through made and captured inputs, or through
+several layers, would join what does not belong together.
 """
 
 import argparse
@@ -75,14 +79,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="files written by attention.py")
     parser.add_argument("--out", type=Path, required=True, help="the picture, .png or .svg")
+    parser.add_argument("--shape", help="what the column `shape` says of the rows to draw")
     options = parser.parse_args()
     missing = [str(path) for path in options.results if not path.is_file()]
     if missing:
         parser.error(f"no such results file: {', '.join(missing)}")
     rows = read(options.results)
-    if not any(row["provider"] == "s2o" for row in rows):
+    shapes = list(dict.fromkeys(row["shape"] for row in rows if row["provider"] == "s2o"))
+    if not shapes:
         parser.error("the results hold no row of s2o: there is nothing to draw")
-    draw(rows, options.out)
+    shape = options.shape or shapes[0]
+    if shape not in shapes:
+        parser.error(f"the results hold no row of s2o for the shape '{shape}', only for: {'; '.join(shapes)}")
+    draw([row for row in rows if row["shape"] == shape], options.out)
 
 
 if __name__ == "__main__":

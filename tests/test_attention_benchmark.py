@@ -13,14 +13,14 @@ from vllm_s2o import S2OParams
 
 @pytest.fixture(scope="module")
 def modules():
-    """inputs, providers, attention and plot, which import each other by these names."""
+    """inputs, providers, attention and plot, which import each other and two more by their names."""
     names = ("inputs", "providers", "attention", "plot")
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
         yield [importlib.import_module(name) for name in names]
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
-        for name in names:
+        for name in (*names, "captured", "peers"):
             sys.modules.pop(name, None)
 
 
@@ -97,3 +97,20 @@ def test_rows_are_written_and_drawn(modules, problem, tmp_path):
     if importlib.util.find_spec("matplotlib"):  # of the extra `bench`
         plot.draw(rows, tmp_path / "a.png")
         assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_a_picture_shows_one_shape(modules, tmp_path, monkeypatch, capsys):
+    _, _, attention, plot = modules
+    row, drawn = dict.fromkeys(attention.COLUMNS, "1"), []
+    rows = [row | {"provider": p, "shape": s} for s in ("made", "layer 1") for p in ("s2o", "fa2")]
+    attention.write(rows, tmp_path / "table.csv")
+    monkeypatch.setattr(plot, "draw", lambda rows, out: drawn.append({row["shape"] for row in rows}))
+    arguments = ["plot.py", str(tmp_path / "table.csv"), "--out", "unwritten.png"]
+    for more in ([], ["--shape", "layer 1"]):
+        monkeypatch.setattr(sys, "argv", [*arguments, *more])
+        plot.main()
+    assert drawn == [{"made"}, {"layer 1"}]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--shape", "layer 2"])
+    with pytest.raises(SystemExit):
+        plot.main()
+    assert capsys.readouterr().err.endswith("no row of s2o for the shape 'layer 2', only for: made; layer 1\n")
