@@ -3,33 +3,44 @@
 
     python benchmarks/attention.py --out benchmarks/results/attention.csv [--at 32768:0.15 131072:0.1]
                                    [--peer pbs=PATH --peer flashprefill=PATH --peer flexprefill=PATH]
+                                   [--model MODEL --captured-at 8192 32768 --layers 1 15 29 --text code]
 
-All providers run in one process on the same problem. S2O's threshold is searched so that the stop rule itself lands on
-the density. Before a provider is timed, its result is checked: dense kernels against exact attention on sampled rows,
-S2O against the Triton kernels that every GPU runs, against itself (same bits), and for waits on the device. What fails
-is told and not reported.
+All providers run in one process on the same problem. Before one is timed, its result is checked: dense kernels against
+exact attention on sampled rows, S2O against the Triton kernels that every GPU runs, against itself (same bits), and for
+waits on the device. What fails has a row with the reason and without figures.
+
+Inputs are made, and S2O's threshold is searched so that the stop rule itself lands on the density. With --model there
+are also captured ones: queries, keys and values of some of its layers on a real text. On these S2O runs at the
+thresholds of the config that ships for the model, and the density is what results.
 
 A peer, from a checkout of its own project, has a row at its own defaults and one at matched error: its parameter is
-searched until it errs as S2O's first row of the length does, within 10 %. Where it cannot run, its row says why.
+searched until it errs as S2O's first row of the problem does, within 10 %. Where it cannot run, its row says why.
 """
 
 import argparse
 import csv
 import functools
+import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 import triton
+from captured import captured_problems
 from inputs import LLAMA_8B, Problem, exact_rows, make_problem
 from peers import PEERS, Peer
 from providers import DENSE, S2O, find_threshold
 
+from vllm_s2o import S2OParams
 from vllm_s2o.cli.environment import describe
+from vllm_s2o.params import threshold_range
+from vllm_s2o.quality.capture import Capture, CaptureError, capture
+from vllm_s2o.quality.text import SOURCES
 
 AT = ("32768:0.15", "65536:0.12", "131072:0.1", "131072:0.06", "262144:0.05")
+CAPTURED_AT = (8192, 32768)
 COLUMNS = (
     "gpu", "torch", "triton", "vllm", "date", "commit", "provider", "shape", "seq_len", "density", "threshold",
     "ms_p20", "ms_p50", "ms_p80", "visited_tflops", "ranking_share", "rel_error", "extra_mib", "vs_fa3_paged", "vs_fa2",
@@ -89,33 +100,35 @@ def check_s2o(mine: S2O) -> str | None:
     return None if apart < DENSE_ERROR else f"it differs from the Triton kernels by {apart.item():.1e}"
 
 
-def s2o_rows(problem: Problem, densities: list[float], exact: torch.Tensor, rows: torch.Tensor) -> list[dict]:
-    found = []
-    for density in densities:
-        params = find_threshold(problem, density)
-        mine = S2O(problem, params)
-        wrong = check_s2o(mine)
-        if wrong is not None:
-            print(f"s2o at {problem.num_tokens} tokens, density {density}: not reported, {wrong}", file=sys.stderr)
-            continue
-        pairs = mine.run().sum().item()
-        times = quantiles(mine.run)
-        ranking = quantiles(mine.rank)[1]
-        workspace = sum(buffer.nbytes for buffer in mine.workspace) / 2**20
-        found.append(
-            dict(
-                provider="s2o",
-                density=round(pairs / mine.causal, 4),
-                threshold=f"{params.threshold:.5f}",
-                times=times,
-                visited_tflops=4 * problem.shape.head_size * pairs / (times[1] - ranking) / 1e9,
-                ranking_share=ranking / times[1],
-                rel_error=relative_error(mine.out, exact, rows),
-                extra_mib=workspace + extra_mib(mine.run),
-            )
-        )
-        del mine
-    return found
+def s2o_row(problem: Problem, params: S2OParams | None, exact: torch.Tensor, rows: torch.Tensor) -> dict:
+    """S2O with these parameters; None is a layer that its config leaves dense."""
+    if params is None:
+        return dict(provider="s2o", note="the model's config keeps this layer dense")
+    mine = S2O(problem, params)
+    if wrong := check_s2o(mine):
+        return not_reported("s2o", problem, wrong)
+    pairs = mine.run().sum().item()
+    times = quantiles(mine.run)
+    ranking = quantiles(mine.rank)[1]
+    workspace = sum(buffer.nbytes for buffer in mine.workspace) / 2**20
+    given = params.threshold
+    return dict(
+        provider="s2o",
+        density=round(pairs / mine.causal, 4),
+        threshold=f"{given:.5f}" if isinstance(given, float) else threshold_range([params]),
+        times=times,
+        visited_tflops=4 * problem.shape.head_size * pairs / (times[1] - ranking) / 1e9,
+        ranking_share=ranking / times[1],
+        rel_error=relative_error(mine.out, exact, rows),
+        extra_mib=workspace + extra_mib(mine.run),
+    )
+
+
+def not_reported(provider: str, problem: Problem, reason: object) -> dict:
+    """A row without figures."""
+    note = " ".join(str(reason).split())
+    print(f"{provider} on {problem.num_tokens} tokens of {problem.shape.name}: not reported, {note}", file=sys.stderr)
+    return dict(provider=provider, note=note)
 
 
 def dense_rows(problem: Problem, names: list[str], exact: torch.Tensor, rows: torch.Tensor) -> list[dict]:
@@ -126,10 +139,10 @@ def dense_rows(problem: Problem, names: list[str], exact: torch.Tensor, rows: to
             run = DENSE[name](problem)
             error = relative_error(run(), exact, rows)
         except (ImportError, RuntimeError) as reason:
-            print(f"{name}: cannot run here: {reason}", file=sys.stderr)
+            found.append(not_reported(name, problem, reason))
             continue
         if not error < DENSE_ERROR:
-            print(f"{name} at {problem.num_tokens} tokens: not reported, its error is {error:.1e}", file=sys.stderr)
+            found.append(not_reported(name, problem, f"its error is {error:.1e}"))
             continue
         times = quantiles(run)
         found.append(
@@ -213,8 +226,7 @@ def peer_rows(
             for row in rows_of_peer(peer, lambda out: relative_error(out, exact, rows), target):
                 found.append(dict(provider=name, **row))
         except (ImportError, RuntimeError) as reason:
-            print(f"{name} at {problem.num_tokens} tokens: {reason}", file=sys.stderr)
-            found.append(dict(provider=name, note=str(reason)))
+            found.append(not_reported(name, problem, reason))
         peer = None  # its tensors go before the next peer's come
     return found
 
@@ -237,23 +249,38 @@ def as_row(found: dict, problem: Problem, medians: dict[str, float], machine: di
     return row
 
 
-def measure(
-    at: dict[int, list[float]], dense: list[str], peers: dict[str, Path], device: torch.device
-) -> Iterator[dict]:
-    machine = describe()
+def made_problems(at: dict[int, list[float]], device: torch.device) -> Iterator[tuple[Problem, list[S2OParams | None]]]:
     for tokens, densities in at.items():
         problem = make_problem(LLAMA_8B, tokens, device)
+        yield problem, [find_threshold(problem, density) for density in densities]
+        del problem  # before the next one is made
+
+
+def problems_of(captures: list[Capture], device: torch.device) -> Iterator[tuple[Problem, list[S2OParams | None]]]:
+    for captured in captures:
+        for problem, params in captured_problems(captured, device):
+            yield problem, [params]
+            del problem
+
+
+def measure(
+    problems: Iterable[tuple[Problem, list[S2OParams | None]]], dense: list[str], peers: dict[str, Path]
+) -> Iterator[dict]:
+    """The rows of each problem, S2O's with each of its parameters first."""
+    machine = describe()
+    for problem, wanted in problems:
         rows = problem.rows()
         exact = exact_rows(problem, rows)
-        mine = s2o_rows(problem, densities, exact, rows)
-        found = mine + dense_rows(problem, dense, exact, rows)
-        found += peer_rows(problem, peers, exact, rows, mine[0]["rel_error"] if mine else None)
-        medians = {f["provider"]: f["times"][1] for f in found if f["provider"] in DENSE}
+        found = [s2o_row(problem, params, exact, rows) for params in wanted]
+        target = next((one["rel_error"] for one in found if "rel_error" in one), None)
+        found += dense_rows(problem, dense, exact, rows)
+        found += peer_rows(problem, peers, exact, rows, target)
+        medians = {one["provider"]: one["times"][1] for one in found if one["provider"] in DENSE and "times" in one}
         for one in found:
             row = as_row(one, problem, medians, machine)
             yield row
-            shown = ("provider", "seq_len", "density", "ms_p50", "visited_tflops", "ranking_share", "rel_error")
-            shown = (*shown, "extra_mib", "vs_fa3_paged", "vs_fa2", "note")
+            shown = ("provider", "shape", "seq_len", "density", "ms_p50", "visited_tflops", "ranking_share")
+            shown = (*shown, "rel_error", "extra_mib", "vs_fa3_paged", "vs_fa2", "note")
             print(*(f"{name} {row[name]}" for name in shown if row.get(name, "") != ""), flush=True)
         del problem
 
@@ -292,13 +319,27 @@ def parse_peer(entry: str) -> tuple[str, Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the results file")
-    parser.add_argument("--at", nargs="+", default=list(AT), metavar="TOKENS:DENSITY")
+    parser.add_argument(
+        "--at", nargs="*", default=list(AT), metavar="TOKENS:DENSITY", help="made inputs; nothing after it: none"
+    )
     parser.add_argument("--dense", nargs="*", choices=DENSE, default=list(DENSE), help="kernels beside S2O")
     parser.add_argument(
         "--peer", type=parse_peer, action="append", default=[], metavar="NAME=PATH",
         help=f"another project's kernel, from its checkout; repeatable; names: {', '.join(PEERS)}",
     )  # fmt: skip
+    model = parser.add_argument_group("inputs from a model")
+    model.add_argument("--model", help="directory or name of a model, whose attention is captured")
+    model.add_argument("--captured-at", type=int, nargs="+", metavar="TOKENS", help="default: 8192 32768")
+    model.add_argument("--layers", type=int, nargs="+", help="default: the first, middle and last sparse one")
+    model.add_argument("--text", help=f"{', '.join(SOURCES)}, or a UTF-8 file (default code)")
     options = parser.parse_args()
+    if options.model is None and (options.captured_at or options.layers or options.text):
+        parser.error("--captured-at, --layers and --text are of no use without --model")
+    if not options.at and options.model is None:
+        parser.error("there is nothing to measure: give --at points, or a --model")
+    lengths = options.captured_at or CAPTURED_AT
+    if min(lengths) < LLAMA_8B.page:
+        parser.error(f"argument --captured-at: {min(lengths)} tokens do not fill a page of {LLAMA_8B.page}")
     peers = dict(options.peer)
     if len(peers) < len(options.peer):
         parser.error("argument --peer: each name can be given once")
@@ -308,9 +349,19 @@ def main() -> None:
         at = parse_at(options.at)
     except (argparse.ArgumentTypeError, ValueError) as error:
         parser.error(str(error))
+    device = torch.device("cuda")
+    captures = []
+    try:
+        # Before minutes are spent on measuring: a model can be wrong in many ways.
+        if options.model is not None:
+            for tokens in lengths:
+                captures.append(capture(options.model, tokens, options.layers, options.text or "code", device))
+    except CaptureError as error:
+        parser.exit(1, f"attention.py: {error}\n")
+    problems = itertools.chain(made_problems(at, device), problems_of(captures, device))
     table = []
     try:
-        for row in measure(at, options.dense, peers, torch.device("cuda")):
+        for row in measure(problems, options.dense, peers):
             table.append(row)
     finally:
         # A fault in a peer's kernel can end the process's use of the GPU: what was measured before is kept.

@@ -105,12 +105,25 @@ def make_problem(
         query[:, mine] += torch.einsum("thf,df->thd", features_q[:, mine], basis[kv_head]) * nats**0.5
     value = normal(num_tokens, kv_heads, size)
 
-    pages = num_tokens // shape.page
+    return in_pages(shape, query.to(dtype), key.to(dtype), value.to(dtype), generator)
+
+
+def in_pages(
+    shape: Shape, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, generator: torch.Generator
+) -> Problem:
+    """A problem whose cache holds these keys and values in shuffled pages.
+
+    Args:
+        query: [num_tokens, num_heads, head_size], as many tokens as whole pages have.
+        key, value: [num_tokens, num_kv_heads, head_size], of the query's dtype and on its device.
+        generator: on that device; it shuffles the pages.
+    """
+    pages, device = query.shape[0] // shape.page, query.device
     table = torch.randperm(pages, device=device, generator=generator)
-    memory = torch.empty(pages, shape.page, kv_heads, 2 * size, dtype=dtype, device=device)
-    key, value, query = key.to(dtype), value.to(dtype), query.to(dtype)
-    memory[table] = torch.cat([key, value], -1).view(memory.shape)
-    return Problem(shape, query, key, value, *memory.split(size, -1), table.int()[None])
+    joined = (pages, shape.page, shape.num_kv_heads, 2 * shape.head_size)
+    memory = torch.empty(joined, dtype=key.dtype, device=device)
+    memory[table] = torch.cat([key, value], -1).view(joined)
+    return Problem(shape, query, key, value, *memory.split(shape.head_size, -1), table.int()[None])
 
 
 def exact_rows(problem: Problem, rows: torch.Tensor) -> torch.Tensor:

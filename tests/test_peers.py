@@ -63,7 +63,7 @@ def flex_prefill_attention(q, k, v, gamma, tau, min_budget, block_size):
 def benchmark(monkeypatch):
     """The module `attention` of benchmarks/; its neighbours are found by the folder, as when it is run."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    names = ("attention", "inputs", "peers", "providers")
+    names = ("attention", "captured", "inputs", "peers", "providers")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield importlib.import_module("attention")
