@@ -41,7 +41,7 @@ def describe(device: torch.device) -> str:
 def rank_keys(query, key_cache, block_table, segments, num_slots: int, num_classes: int, **sizes) -> torch.Tensor:
     """`rank.rank_keys`."""
     if uses_gluon() and num_classes == vote.CLASSES:
-        sizes["place"] = vote.place
+        sizes |= dict(count_keys=vote.count, place_keys=vote.place)
     return rank.rank_keys(query, key_cache, block_table, segments, num_slots, num_classes, **sizes)
 
 

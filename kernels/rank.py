@@ -283,7 +283,7 @@ def _guide(
 
 def rank_keys(
     query, key_cache, block_table, segments, num_slots: int, num_classes: int,
-    *, max_history: int, groups, workspace=None, place=_place,
+    *, max_history: int, groups, workspace=None, count_keys=_count, place_keys=_place,
 ) -> torch.Tensor:  # fmt: skip
     """`naive.rank_keys` on the device, without a host synchronisation.
 
@@ -293,7 +293,7 @@ def rank_keys(
             belong to one sequence and lie in falling order of history.
         workspace: (slots, classes, tables): int32 and uint8 of at least num_slots each, and int32 of at least
             `tables.table_words`; allocated when None.
-        place: the kernel of the last step, where there is a better one than this file's.
+        count_keys, place_keys: the kernels of these steps, where there are better ones than this file's.
     """
     block_size, num_kv_heads, head_size = key_cache.shape[1:]
     count, group = len(segments), query.shape[1] // num_kv_heads
@@ -333,11 +333,11 @@ def rank_keys(
         PART=SCORE_PART, CLASSES=num_classes, LOGISTIC=naive.LOGISTIC / math.log(2), **product,
     )  # fmt: skip
     sort = dict(BLOCK=SORT_BLOCK, CLASSES=num_classes)
-    _count[(triton.cdiv(num_blocks, COUNTED_BLOCKS), num_kv_heads, count)](
-        segments, classes, counts, num_kv_heads, num_blocks, BLOCKS=COUNTED_BLOCKS, **sort
+    count_keys[(triton.cdiv(num_blocks, COUNTED_BLOCKS), num_kv_heads, count)](
+        segments, classes, counts, num_kv_heads, num_blocks, BLOCKS=COUNTED_BLOCKS, num_warps=1, **sort
     )
     _offsets[(num_kv_heads, count)](segments, counts, num_kv_heads, num_blocks, ROWS=32, **sort)
-    place[(num_blocks, num_kv_heads, count)](
+    place_keys[(num_blocks, num_kv_heads, count)](
         segments, classes, counts, block_table, slots, num_kv_heads, num_blocks, block_table.stride(0),
         PAGE=block_size, num_warps=1, **sort,
     )  # fmt: skip

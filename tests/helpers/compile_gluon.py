@@ -42,8 +42,9 @@ def main() -> None:
         STAGES=launch.num_stages, VISIT_REGISTERS=launch.visit_registers, GATHER_REGISTERS=launch.gather_registers,
     )  # fmt: skip
     print("attend", compile_for_hopper(hopper._attend, attend, num_warps=4, maxnreg=168))
-    place = dict(PAGE=16, BLOCK=32 * vote.ROUNDS, CLASSES=vote.CLASSES)
-    print("place", compile_for_hopper(vote.place, place, num_warps=1))
+    sort = dict(BLOCK=32 * vote.ROUNDS, CLASSES=vote.CLASSES)
+    print("count", compile_for_hopper(vote.count, dict(BLOCKS=4, **sort), num_warps=1))
+    print("place", compile_for_hopper(vote.place, dict(PAGE=16, **sort), num_warps=1))
 
 
 if __name__ == "__main__":
