@@ -83,10 +83,10 @@ def _gather(
         page = gl.load(table + position // PAGE)
         _copy_block(slot, i, keys, values, d, buffers, barriers, stride_block, stride_token, PAGE, STAGES)
 
+    i = num_inside
     if limit > 0:
         slot = gl.load(ranking + gl.minimum(row, limit - 1))
         seen = 0
-        i = num_inside
         going = seen < limit
         while going:
             ahead = gl.load(ranking + gl.minimum(seen + BLOCK + row, limit - 1))
@@ -94,7 +94,12 @@ def _gather(
             slot = ahead
             seen += BLOCK
             i += 1
-            going = (seen < limit) & (i < gl.max(end_block.load(one), 0))
+            going = (seen < limit) & (i < end_block.load(one).item())
+    # The halves begin a block before they know that there is none: its keys are whatever the buffer holds.
+    if i < end_block.load(one).item():
+        k_full, k_free, _, _ = barriers
+        mbarrier.wait(k_free.index(i % STAGES), (i // STAGES) & 1 ^ 1)
+        async_copy.mbarrier_arrive(k_full.index(i % STAGES), increment_count=False)
     async_copy.wait_group(0)
 
 
@@ -123,6 +128,11 @@ def _exp2(x):
 
 
 @gluon.jit
+def _rescale(acc, keep):
+    return acc * gl.convert_layout(keep, gl.SliceLayout(1, acc.type.layout))[:, None]
+
+
+@gluon.jit
 def _softmax(s, m, l, scale):
     """One block of the online softmax, in base 2: weights, and what the rows keep of what they had."""
     m_new = gl.maximum(m, gl.max(s, 1) * scale)
@@ -133,15 +143,43 @@ def _softmax(s, m, l, scale):
 
 
 @gluon.jit
-def _step(
-    q, p, acc, m, l, i, scale, column_limit, buffers, barriers,
-    MMA: gl.constexpr, P: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
-):  # fmt: skip
-    """Block i: its scores and softmax, under the weighted values of block i - 1."""
+def _pack(w, dtype: gl.constexpr):
+    """Weights as a product takes them, two neighbours of a row in a word. Loops carry words: halves of words would be
+    taken apart and joined again at each turn."""
+    first, second = w.reshape([ROWS, w.shape[1] // 2, 2]).split()
+    asm: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(asm, "=r,f,f", [first, second], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _unpack(words, dtype: gl.constexpr, P: gl.constexpr):
+    """The operand of a product from what `_pack` made."""
+    asm: gl.constexpr = "mov.b32 {$0, $1}, $2;"
+    if dtype == gl.bfloat16:
+        p = gl.inline_asm_elementwise(asm, "=h,=h,r", [words], dtype=(gl.bfloat16,) * 2, is_pure=True, pack=1)
+    else:
+        p = gl.inline_asm_elementwise(asm, "=h,=h,r", [words], dtype=(gl.float16,) * 2, is_pure=True, pack=1)
+    return gl.convert_layout(gl.join(p[0], p[1]).reshape([ROWS, words.shape[1] * 2]), P, assert_trivial=True)
+
+
+@gluon.jit
+def _begin(
+    q, p, acc, i, buffers, barriers, MMA: gl.constexpr, P: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr
+):
+    """Start the products that block i begins with: its scores, and the weighted values of block i - 1."""
     k_ring, v_ring, _ = buffers
-    k_full, k_free, v_full, v_free = barriers
+    k_full, _, v_full, _ = barriers
     s = _scores(q, k_ring, k_full, i, MMA, BLOCK, STAGES)
-    before = _weighted(p, acc, v_ring, v_full, i - 1, STAGES)
+    return s, _weighted(_unpack(p, q.dtype, P), acc, v_ring, v_full, i - 1, STAGES)
+
+
+@gluon.jit
+def _finish(
+    s, before, m, l, i, scale, column_limit, barriers,
+    DTYPE: gl.constexpr, MMA: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """The softmax of block i, under the products that were started."""
+    _, k_free, _, v_free = barriers
     s = warpgroup_mma_wait(1, [s])
     mbarrier.arrive(k_free.index(i % STAGES), count=1)
     if MASKED:
@@ -150,10 +188,7 @@ def _step(
     w, m, l, keep = _softmax(s, m, l, scale)
     acc = warpgroup_mma_wait(0, [before])
     mbarrier.arrive(v_free.index((i - 1) % STAGES), count=1)
-    acc_layout: gl.constexpr = P.parent
-    keep = gl.convert_layout(keep, gl.SliceLayout(1, acc_layout))
-    acc = acc * keep[:, None]
-    return gl.convert_layout(w.to(q.dtype), P), acc, m, l
+    return _pack(w, DTYPE), _rescale(acc, keep), m, l
 
 
 @gluon.jit
@@ -167,8 +202,8 @@ def _judge(gain, verdict, met, round, half, HALVES: gl.constexpr, WORST_ROW: gl.
     verdict.index(side + half).store(gl.full([1], mine, gl.float32, one))
     mbarrier.arrive(met, count=1)
     mbarrier.wait(met, round & 1)
-    first = gl.max(verdict.index(side).load(one), 0)
-    second = gl.max(verdict.index(side + 1).load(one), 0)
+    first = verdict.index(side).load(one).item()
+    second = verdict.index(side + 1).load(one).item()
     return gl.maximum(first, second) if WORST_ROW else first + second
 
 
@@ -180,6 +215,7 @@ def _visit(
     UNIT: gl.constexpr, INTERVAL: gl.constexpr, WORST_ROW: gl.constexpr,
 ):  # fmt: skip
     """Both passes for one half of a tile."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     k_ring, v_ring, end_block = buffers
     k_full, k_free, v_full, v_free = barriers
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
@@ -193,50 +229,63 @@ def _visit(
     l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, MMA))
 
     # Pass 1: the segment's own keys, causal. Nothing precedes the first block.
-    s = warpgroup_mma_wait(0, [_scores(q, k_ring, k_full, 0, MMA, BLOCK, STAGES)])
+    scores = warpgroup_mma_wait(0, [_scores(q, k_ring, k_full, 0, MMA, BLOCK, STAGES)])
     mbarrier.arrive(k_free.index(0), count=1)
     column = gl.arange(0, BLOCK, gl.SliceLayout(0, MMA))
-    s = gl.where(column[None, :] <= inside[:, None], s, float("-inf"))
-    w, m, l, _kept = _softmax(s, m, l, scale)
-    p = gl.convert_layout(w.to(q.dtype), P)
+    scores = gl.where(column[None, :] <= inside[:, None], scores, float("-inf"))
+    w, m, l, _kept = _softmax(scores, m, l, scale)
+    p = _pack(w, q.dtype)
     for i in range(1, num_inside):
-        p, acc, m, l = _step(
-            q, p, acc, m, l, i, scale, inside - i * BLOCK, buffers, barriers, MMA, P, BLOCK, STAGES, MASKED=True
+        s, before = _begin(q, p, acc, i, buffers, barriers, MMA, P, BLOCK, STAGES)
+        p, acc, m, l = _finish(
+            s, before, m, l, i, scale, inside - i * BLOCK, barriers, q.dtype, MMA, BLOCK, STAGES, MASKED=True
         )
 
-    # Pass 2: the history, most important keys first, until the tile gains nothing more.
+    # Pass 2: the history, most important keys first, until the tile gains nothing more. The tile is judged under the
+    # products that the next block begins with; when it stops, or no whole block is left, these scores are not used.
+    PER_TEST: gl.constexpr = INTERVAL * UNIT // BLOCK
+    num_whole = limit // BLOCK
     i = num_inside
-    seen = 0
-    round = 0
-    going = limit > 0
+    done = 0
+    gain = gl.full([ROWS], float("inf"), gl.float32, gl.SliceLayout(1, MMA))
+    gains = True
+    going = True
     while going:
-        m_before, l_before = m, l
-        until = gl.minimum(seen + INTERVAL * UNIT, limit)
-        whole = (until - seen) // BLOCK
-        for _ in range(whole):
-            p, acc, m, l = _step(
-                q, p, acc, m, l, i, scale, inside, buffers, barriers, MMA, P, BLOCK, STAGES, MASKED=False
-            )
-            i += 1
-        if whole * BLOCK < until - seen:  # the end of a ranking
-            last = gl.full([ROWS], until - seen - whole * BLOCK - 1, gl.int32, gl.SliceLayout(1, MMA))
-            p, acc, m, l = _step(
-                q, p, acc, m, l, i, scale, last, buffers, barriers, MMA, P, BLOCK, STAGES, MASKED=True
-            )
-            i += 1
-        gain = 1 - l_before * _exp2(m_before - m) / l
-        gain = gl.where((gain > 0) & (row < rows), gain, 0.0) / gl.cdiv(until - seen, UNIT)
-        judged = _judge(gain, verdict, met, round, half, HALVES, WORST_ROW)
+        s, before = _begin(q, p, acc, i, buffers, barriers, MMA, P, BLOCK, STAGES)
+        judged = _judge(gain, verdict, met, (done + PER_TEST - 1) // PER_TEST, half, HALVES, WORST_ROW)
         if not WORST_ROW:
             judged = judged / rows
-        seen = until
-        round += 1
-        going = (judged >= threshold) & (seen < limit)
+        # The last whole blocks may be too few for a test: what is left belongs to them.
+        gains = (judged >= threshold) | (done % PER_TEST > 0)
+        going = gains & (done < num_whole)
+        if going:
+            m_before, l_before = m, l
+            p, acc, m, l = _finish(
+                s, before, m, l, i, scale, inside, barriers, q.dtype, MMA, BLOCK, STAGES, MASKED=False
+            )
+            count = gl.minimum(PER_TEST, num_whole - done)
+            for j in range(1, count):
+                s, before = _begin(q, p, acc, i + j, buffers, barriers, MMA, P, BLOCK, STAGES)
+                p, acc, m, l = _finish(
+                    s, before, m, l, i + j, scale, inside, barriers, q.dtype, MMA, BLOCK, STAGES, MASKED=False
+                )
+            i += count
+            done += count
+            gain = 1 - l_before * _exp2(m_before - m) / l
+            gain = gl.where((gain > 0) & (row < rows), gain, 0.0) / INTERVAL
+        else:
+            end_block.store(gl.full([1], i + STAGES, gl.int32, one))
+            _unused, acc = warpgroup_mma_wait(0, [s, before])
+            mbarrier.arrive(v_free.index((i - 1) % STAGES), count=1)
 
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    end_block.store(gl.full([1], i + STAGES, gl.int32, one))
-    acc = warpgroup_mma_wait(0, [_weighted(p, acc, v_ring, v_full, i - 1, STAGES)])
-    mbarrier.arrive(v_free.index((i - 1) % STAGES), count=1)
+    seen = done * BLOCK
+    if gains & (seen < limit):  # the end of a ranking
+        scores = warpgroup_mma_wait(0, [_scores(q, k_ring, k_full, i, MMA, BLOCK, STAGES)])
+        scores = gl.where(column[None, :] < limit - seen, scores, float("-inf"))
+        w, m, l, keep = _softmax(scores, m, l, scale)
+        weights = _unpack(_pack(w, q.dtype), q.dtype, P)
+        acc = warpgroup_mma_wait(0, [_weighted(weights, _rescale(acc, keep), v_ring, v_full, i, STAGES)])
+        seen = limit
     l = gl.convert_layout(l, gl.SliceLayout(1, ACC))
     result = gl.where(l[:, None] > 0, acc / l[:, None], l[:, None] * 0)
     row = half * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, ACC))
