@@ -67,10 +67,13 @@ bench-attention: needs-gpu $(INSTALLED) ## one layer's attention beside other ke
 	.venv/bin/python benchmarks/attention.py --out benchmarks/results/attention.csv $(PEERS:%=--peer %)
 	.venv/bin/python benchmarks/plot.py benchmarks/results/attention.csv --out benchmarks/results/attention.png
 
-bench-serving: needs-gpu $(SMOLLM2)/prepared.txt ## whole servers, S2O and FLASH_ATTN
-	@.venv/bin/python benchmarks/serving.py latency $(SMOLLM2) --shape llama-3.1-8b --tokens 32768 131072 \
-		--concurrency 1 8 --providers s2o_budget_10 flash_attn --prompts 3 \
-		--out benchmarks/results/serving.json --table benchmarks/results/serving.csv
+BENCHED = $(SMOLLM2) --shape llama-3.1-8b --tokens 32768 131072 --providers s2o_budget_10 flash_attn \
+	--out benchmarks/results/serving.json --table benchmarks/results/serving.csv
+
+bench-serving: needs-gpu $(SMOLLM2)/prepared.txt ## whole servers and engines, S2O and FLASH_ATTN
+	@unset PYTHONSAFEPATH
+	.venv/bin/python benchmarks/serving.py latency $(BENCHED) --concurrency 1 8 --prompts 3 --also short decode
+	.venv/bin/python benchmarks/serving.py throughput $(BENCHED) --prompts 8 --add
 
 needs-gpu:
 	@[ -n "$(GPU)" ] || { echo "make bench needs an NVIDIA GPU, and nvidia-smi finds none." >&2; exit 1; }

@@ -1,21 +1,23 @@
-"""Benchmarks refuse to write a result that shows nothing."""
+"""Benchmarks of whole servers refuse to write a result that shows nothing, or a mixture."""
 
 import contextlib
 import csv
-import importlib.util
 import json
+import shlex
+import subprocess
 import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from bench_modules import latency, main, needles, record, throughput
 from processes import ROOT
 
 from vllm_s2o.quality.needles import Needle
 
-spec = importlib.util.spec_from_file_location("benchmarks_serving", ROOT / "benchmarks" / "serving.py")
-serving = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(serving)
-
 NEEDLES = [Needle(f"{length} tokens, depth 50%", str(length), "12345") for length in (1000, 4000, 7800)]
+ENVIRONMENT = {"machine": "GPU", "date": "2026-01-01", "commit": "abc", "changed": False, "vllm": "0.32.0"}
 
 
 class Server:
@@ -33,27 +35,27 @@ class Server:
 
 
 @pytest.fixture
-def needles(monkeypatch, tmp_path):
+def run_needles(monkeypatch, tmp_path):
     """Run the benchmark; the result, or None where it wrote none."""
 
-    def needles(**densities: list[float]):
+    def run_needles(**densities: list[float]):
         server = Server({name.removeprefix("of_"): steps for name, steps in densities.items()})
         out = tmp_path / "result.json"
-        monkeypatch.setattr(serving, "serve", lambda *_: contextlib.nullcontext(server))
-        monkeypatch.setattr(serving, "prompts", lambda _: iter(NEEDLES))
-        monkeypatch.setattr(serving.time, "sleep", lambda _: None)
+        monkeypatch.setattr(needles, "serve", lambda *_: contextlib.nullcontext(server))
+        monkeypatch.setattr(needles, "prompts", lambda _: iter(NEEDLES))
+        monkeypatch.setattr(needles.time, "sleep", lambda _: None)
         monkeypatch.setattr(sys, "argv", ["serving.py", "needles", "model", "--out", str(out)])
         try:
-            serving.main()
+            main.main()
         finally:
             assert out.exists() == (sys.exc_info()[0] is None)
         return json.loads(out.read_text())
 
-    return needles
+    return run_needles
 
 
-def test_a_result_shows_the_steps_of_each_prompt(needles):
-    result = needles(of_4000=[0.5], of_7800=[1.0, 0.3])
+def test_a_result_shows_the_steps_of_each_prompt(run_needles):
+    result = run_needles(of_4000=[0.5], of_7800=[1.0, 0.3])
     densities = {name: [step["density"] for step in steps] for name, steps in result["prefills"].items()}
     assert list(densities.values()) == [[], [0.5], [1.0, 0.3]]
     assert result["found"] == {"S2O": 3, "dense": 3}
@@ -61,50 +63,278 @@ def test_a_result_shows_the_steps_of_each_prompt(needles):
 
 
 @pytest.mark.parametrize("steps", [[], [1.0, 1.0]], ids=["no step", "dense steps"])
-def test_a_long_prompt_that_was_dense_fails(needles, steps):
+def test_a_long_prompt_that_was_dense_fails(run_needles, steps):
     with pytest.raises(SystemExit) as caught:
-        needles(of_4000=steps, of_7800=[0.3])
+        run_needles(of_4000=steps, of_7800=[0.3])
     assert caught.value.code == (  # a text: printed, and exit status 1
         "serving.py: no step with a density below 1 for the prompts of 4000 tokens, depth 50%; nothing is written."
     )
 
 
-def test_latency_writes_a_row_per_run(monkeypatch, tmp_path):
-    """A server whose every benchmark logs two chunks of a prompt; the table names what was run."""
-    commands = []
+def option(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
 
-    class Benched:
-        log, port, name, env = "", 1, "model", {}
 
-    server = Benched()
+class Bench:
+    """The speed benchmarks with vLLM's tools replaced: each logs two chunks of a long prompt, and has figures."""
 
-    really_run = serving.subprocess.run
+    def __init__(self, monkeypatch, directory: Path):
+        self.patch = monkeypatch
+        self.directory, self.out, self.table = directory, directory / "result.json", directory / "table.csv"
+        self.environment = dict(ENVIRONMENT)
+        self.commands: list[list[str]] = []
+        self.servers = 0
+        self.ttfts: list[float] = []
+        """Medians to come; 12.34 afterwards."""
+        self.unanswered = 0
+        monkeypatch.setattr(record, "describe", lambda: dict(self.environment))
+        monkeypatch.setattr(latency, "serve", self.serve)
+        monkeypatch.setattr(latency, "subprocess", SimpleNamespace(run=self.bench_serve))
+        monkeypatch.setattr(latency, "LOG_INTERVAL", 0)
+        monkeypatch.setattr(throughput, "run", self.bench_throughput)
 
-    def run(command, **options):
-        if "bench" not in command:  # git, which names the commit
-            return really_run(command, **options)
-        commands.append(command)
-        at = {name: command[command.index(name) + 1] for name in ("--random-input-len", "--max-concurrency")}
-        tokens = int(at["--random-input-len"])
-        for begin, share in ((0, 0.4), (tokens // 2, 0.1)):
-            line = f"query={tokens // 2} seq={begin + tokens // 2} density={share:.3f} sparse_layers=2/2 | total"
-            server.log += f"INFO s2o: prefill {line}\n"
-        figures = {"completed": 3, "median_ttft_ms": 12.3, "total_token_throughput": 456.7}
-        (tmp_path / "logs" / "bench.json").write_text(json.dumps(figures))
-        return serving.subprocess.CompletedProcess(command, 0, "", "")
+    log, port, name, env = "", 1, "model", {}  # of the server
 
-    monkeypatch.setattr(serving.subprocess, "run", run)
-    monkeypatch.setattr(serving, "serve", lambda *_: contextlib.nullcontext(server))
-    table = tmp_path / "serving.csv"
-    arguments = ["--tokens", "1000", "2000", "--concurrency", "1", "8", "--providers", "s2o", "--prompts", "3"]
-    files = ["--out", str(tmp_path / "result.json"), "--logs", str(tmp_path / "logs"), "--table", str(table)]
-    monkeypatch.setattr(sys, "argv", ["serving.py", "latency", "model", *arguments, *files])
-    serving.main()
-    rows = list(csv.DictReader(table.open(newline="")))
-    assert [(row["prompt_len"], row["concurrency"]) for row in rows] == [
-        ("1000", "1"), ("1000", "8"), ("2000", "1"), ("2000", "8"),
+    def serve(self, *_):
+        self.servers += 1
+        return contextlib.nullcontext(self)
+
+    def steps(self, tokens: int) -> str:
+        """Of one prompt, where it is long."""
+        lines = [
+            f"INFO s2o: prefill query={tokens // 2} seq={seq} density={density} sparse_layers=2/2 | total\n"
+            for seq, density in ((tokens // 2, "0.400"), (tokens, "0.100"))
+        ]
+        return "".join(lines) if tokens > 2048 else ""
+
+    def bench_serve(self, command, **_):
+        self.commands.append(command)
+        self.log += self.steps(int(option(command, "--random-input-len")))
+        asked = int(option(command, "--num-prompts"))
+        figures = {"completed": asked - self.unanswered, "median_ttft_ms": self.ttfts.pop(0) if self.ttfts else 12.34}
+        figures |= {"median_tpot_ms": 7.8912, "total_token_throughput": 456.78}
+        (Path(option(command, "--result-dir")) / option(command, "--result-filename")).write_text(json.dumps(figures))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    def bench_throughput(self, command, log):
+        self.commands.append(command)
+        log.write_text(self.steps(int(option(command, "--random-input-len"))))
+        figures = {"num_requests": int(option(command, "--num-prompts")), "elapsed_time": 2.0, "tokens_per_second": 9.5}
+        Path(option(command, "--output-json")).write_text(json.dumps(figures))
+        return 0
+
+    def run(self, what: str, arguments: str) -> list[dict[str, str]]:
+        """The table's rows."""
+        files = ["--out", str(self.out), "--table", str(self.table), "--logs", str(self.directory / "logs")]
+        self.patch.setattr(sys, "argv", ["serving.py", what, "model", *shlex.split(arguments), *files])
+        main.main()
+        return self.rows()
+
+    def rows(self) -> list[dict[str, str]]:
+        return list(csv.DictReader(self.table.open(newline="")))
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    return Bench(monkeypatch, tmp_path)
+
+
+def columns(rows: list[dict[str, str]], *names: str) -> list[tuple[str, ...]]:
+    return [tuple(row[name] for name in names) for row in rows]
+
+
+def test_latency_writes_a_row_per_run(bench):
+    rows = bench.run("latency", "--tokens 3000 4000 --concurrency 1 8 --providers s2o --prompts 3")
+    assert columns(rows, "prompt_len", "concurrency", "prompts") == [
+        ("3000", "1", "3"), ("3000", "8", "8"), ("4000", "1", "3"), ("4000", "8", "8"),
     ]  # fmt: skip
-    assert {(row["backend"], row["ttft_ms_p50"], row["tokens_per_s"]) for row in rows} == {("s2o", "12", "457")}
     # Chunks count with their causal pairs: 1 : 3.
-    assert {float(row["density"]) for row in rows} == {0.175}
-    assert [command[command.index("--num-prompts") + 1] for command in commands] == ["3", "8", "3", "8"]
+    same = {
+        "gpu": "GPU", "vllm": "0.32.0", "date": "2026-01-01", "commit": "abc", "model": "model", "backend": "s2o",
+        "tool": "bench serve", "output_len": "16", "repeats": "1", "ttft_ms_p50": "12.3", "tpot_ms_p50": "7.891",
+        "tokens_per_s": "456.8", "ttft_spread_pct": "", "tpot_spread_pct": "", "density": "0.175",
+    }  # fmt: skip
+    assert [row.items() & same.items() for row in rows] == [same.items()] * 4
+    assert [option(command, "--num-warmups") for command in bench.commands] == ["1", "0", "1", "0"]
+
+
+def test_what_stays_dense_is_repeated(bench):
+    """Short prompts and decode alone, where no length is given; a row holds the median, and how far repetitions lie
+    apart."""
+    bench.ttfts = [50.0, 52.0, 51.0]
+    rows = bench.run("latency", "--also short decode --providers flash_attn")
+    assert columns(rows, "prompt_len", "output_len", "concurrency", "prompts", "repeats", "density") == [
+        ("1024", "256", "8", "32", "3", ""), ("2000", "16", "1", "32", "3", ""), ("2000", "16", "8", "64", "3", ""),
+    ]  # fmt: skip
+    assert columns(rows, "ttft_ms_p50", "ttft_spread_pct") == [("12.3", "0.00"), ("51.0", "3.92"), ("12.3", "0.00")]
+    asked = [[option(command, name) for name in ("--random-output-len", "--num-warmups")] for command in bench.commands]
+    assert asked == [["16", "1"]] * 3 + [["16", "8"]] * 3 + [["256", "8"]] * 3
+
+
+def test_throughput_gives_all_prompts_at_once(bench):
+    rows = bench.run("throughput", "--tokens 3000 --prompts 7 --providers s2o_budget_10 flash_attn")
+    names = ("backend", "tool", "prompt_len", "output_len", "concurrency", "prompts", "ttft_ms_p50", "tokens_per_s")
+    same = ("bench throughput", "3000", "16", "", "7", "", "9.5")
+    assert columns(rows, *names) == [("flash_attn", *same), ("s2o_budget_10", *same)]
+    assert [option(command, "--attention-backend") for command in bench.commands] == ["CUSTOM", "FLASH_ATTN"]
+    assert not bench.servers
+
+
+def test_commands_add_up(bench):
+    """Also over days: each row has its own."""
+    bench.run("latency", "--tokens 3000 --concurrency 1 8 --providers s2o")
+    bench.environment["date"] = "2026-01-02"
+    bench.run("latency", "--tokens 4000 --providers s2o --add")
+    bench.run("throughput", "--tokens 3000 --providers s2o --add")
+    bench.ttfts = [99.0]
+    rows = bench.run("latency", "--tokens 3000 --concurrency 8 --providers s2o flash_attn --add")
+    assert columns(rows, "tool", "prompt_len", "concurrency", "backend", "date", "ttft_ms_p50") == [
+        ("bench serve", "3000", "1", "s2o", "2026-01-01", "12.3"),
+        ("bench serve", "3000", "8", "flash_attn", "2026-01-02", "12.3"),
+        ("bench serve", "3000", "8", "s2o", "2026-01-02", "99.0"),
+        ("bench serve", "4000", "1", "s2o", "2026-01-02", "12.3"),
+        ("bench throughput", "3000", "", "s2o", "2026-01-02", ""),
+    ]
+    assert len(bench.run("latency", "--tokens 3000 --providers s2o")) == 1, "without --add the file is replaced"
+
+
+@pytest.mark.parametrize(
+    "name, value, arguments",
+    [
+        ("commit", "def", ""),
+        ("changed", True, ""),
+        ("machine", "another GPU", ""),
+        ("vllm", "0.25.1", ""),
+        ("server", ["--enforce-eager"], "--server=--enforce-eager"),
+    ],
+)
+def test_a_mixture_is_refused(bench, name, value, arguments):
+    before = bench.run("latency", "--providers s2o")
+    held = bench.out.read_text()
+    if name in bench.environment:
+        bench.environment[name] = value
+    with pytest.raises(SystemExit) as caught:
+        bench.run("latency", f"--providers flash_attn --add {arguments}")
+    was = ENVIRONMENT.get(name, [])
+    assert caught.value.code == (
+        f"serving.py: {bench.out} was made under other conditions ({name} {was}, here {value}): name another file, or "
+        "leave out --add to replace it."
+    )
+    assert (bench.servers, bench.out.read_text(), bench.rows()) == (1, held, before)
+
+
+def test_another_shape_is_refused(bench):
+    bench.patch.chdir(bench.directory)
+    model = bench.directory / "model"
+    model.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).write_text("{}")
+    rows = bench.run("latency", "--shape llama-3.1-8b --tokens 131072 --providers s2o")
+    assert columns(rows, "model", "prompt_len") == [("llama-3.1-8b", "131056")], "the answer must fit in as well"
+    with pytest.raises(SystemExit, match=r"\(model llama-3.1-8b, here model; shape llama-3.1-8b, here None\)"):
+        bench.run("throughput", "--add")
+    assert bench.rows() == rows
+
+
+@pytest.mark.parametrize(
+    "held",
+    ["", "[]", '{"providers": {}}', '{"environment": {}, "providers": {"s2o": {"completed": 4}}}', '{"found": {}}'],
+    ids=["nothing", "a list", "no environment", "an older layout", "needles"],
+)
+def test_a_file_of_another_kind_is_not_added_to(bench, held):
+    bench.out.write_text(held)
+    with pytest.raises(SystemExit) as caught:
+        bench.run("throughput", "--add")
+    assert caught.value.code == (
+        f"serving.py: {bench.out} cannot be added to, for it holds no results of latency or throughput."
+    )
+    assert (bench.commands, bench.out.read_text()) == ([], held)
+
+
+def test_changed_code_is_told_beside_the_commit(bench):
+    bench.environment["changed"] = True
+    assert columns(bench.run("throughput", "--providers s2o"), "commit") == [("abc+changes",)]
+
+
+def test_an_interrupted_command_keeps_what_it_measured(bench):
+    """The second repetition of the first run does not end."""
+
+    def interrupted(command, **options):
+        if len(bench.commands) == 2:
+            raise KeyboardInterrupt
+        return bench.bench_serve(command, **options)
+
+    bench.run("latency", "--providers flash_attn")
+    bench.patch.setattr(latency.subprocess, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run("latency", "--also short --providers s2o --add")
+    assert columns(bench.rows(), "backend", "prompt_len", "repeats") == [
+        ("s2o", "2000", "1"), ("flash_attn", "32768", "1"),
+    ]  # fmt: skip
+    assert [*json.loads(bench.out.read_text())["providers"]] == ["flash_attn", "s2o"]
+
+
+def test_requests_without_an_answer_are_no_result(bench):
+    bench.unanswered = 2
+    with pytest.raises(SystemExit) as caught:
+        bench.run("latency", "--providers s2o --prompts 5")
+    assert caught.value.code == (
+        "serving.py: only 3 of 5 requests of 32768 tokens were answered; that run is not written."
+    )
+    assert not bench.out.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ("latency --tokens 0", "argument --tokens: '0' is not a whole number above 0"),
+        ("latency --prompts few", "argument --prompts: 'few' is not a whole number above 0"),
+        ("throughput --shape llama-3.1-8b --tokens 200000", "llama-3.1-8b takes 131072 at most, not 200000"),
+        ("throughput --also decode", "unrecognized arguments: --also decode"),
+        ("needles --add", "unrecognized arguments: --add"),
+    ],
+)
+def test_bad_arguments(bench, capsys, arguments, said):
+    what, *more = arguments.split()
+    with pytest.raises(SystemExit) as caught:
+        bench.run(what, shlex.join(more))
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_shape_needs_a_tokenizer(bench):
+    with pytest.raises(SystemExit) as caught:
+        bench.run("latency", "--shape llama-3.1-8b")
+    assert caught.value.code == "serving.py: --shape takes the tokenizer of MODEL, which has no model/tokenizer.json."
+
+
+def test_a_run_that_is_given_up_leaves_no_process(monkeypatch, tmp_path):
+    """vLLM's engine is a process of its own, and would keep the GPU's memory."""
+    monkeypatch.setattr(throughput, "SECONDS", 5)
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    log = tmp_path / "log"
+    assert throughput.run([sys.executable, "-c", parent], log) == "no result after 5 s"
+    # One that has ended, and that nothing has waited for yet, has an empty command line.
+    left = Path(f"/proc/{int(log.read_text())}/cmdline")
+    deadline = time.monotonic() + 10
+    while (alive := left.exists() and left.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive
+
+
+def test_make_bench_measures_both_backends_by_both_tools(bench):
+    """What the Makefile asks for is understood, and makes one table."""
+    told = subprocess.run(["make", "-n", "GPU=yes", "bench-serving"], cwd=ROOT, capture_output=True, text=True)
+    commands = [shlex.split(line) for line in told.stdout.splitlines() if "benchmarks/serving.py" in line]
+    assert [command[2] for command in commands] == ["latency", "throughput"]
+    assert "--add" not in commands[0]
+    assert "--add" in commands[1]
+    files = [[option(command, name) for name in ("--out", "--table", "--shape")] for command in commands]
+    assert files[0] == files[1]
+    for command in commands:
+        bench.patch.setattr(sys, "argv", command[1:])
+        options = main.parse()
+        assert options.tokens == [32768, 131072]
+        assert options.providers == ["s2o_budget_10", "flash_attn"]
+        assert options.what == "throughput" or (options.concurrency, options.also) == ([1, 8], ["short", "decode"])

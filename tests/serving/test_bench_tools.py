@@ -1,0 +1,71 @@
+"""vLLM's own tools, as `benchmarks/serving.py` calls them: their options, their figures, and the density in the log."""
+
+import csv
+import os
+import shlex
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from bench_modules import latency, main, servers
+from processes import CHANGED, ROOT
+from serving import BASE_ARGS
+
+pytestmark = pytest.mark.serving
+
+# Without weights, and with SmolLM2's tokenizer: it is the tool that is tried here.
+SMALL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "hidden_size": 256,
+    "intermediate_size": 64,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "torch_dtype": "bfloat16",
+}
+
+
+def test_bench_serve(s2o, model, tmp_path):
+    figures = latency.bench(s2o, str(model), latency.Load(2100, 4, 1, 1, 0), tmp_path)
+    assert (figures["completed"], figures["total_input_tokens"], figures["total_output_tokens"]) == (1, 2100, 4)
+    assert 0 < figures["median_tpot_ms"] < figures["median_ttft_ms"]
+    assert 0 < figures["density"] < 1
+
+
+def test_bench_throughput(model, monkeypatch, tmp_path):
+    monkeypatch.setitem(servers.SHAPES, "small", SMALL)
+    config = '{"s2o": {"min_seq_len": 512, "segment_len": 256, "budget": 0.1}}'
+    files = ["--out", str(tmp_path / "result.json"), "--table", str(tmp_path / "table.csv")]
+    asked = ["--shape", "small", "--tokens", "1500", "--prompts", "2", "--providers", "s2o"]
+    args = shlex.join([*BASE_ARGS, "--additional-config", config])
+    monkeypatch.setattr(sys, "argv", ["serving.py", "throughput", str(model), *asked, *files, f"--server={args}"])
+    main.main()
+    (row,) = csv.DictReader((tmp_path / "table.csv").open(newline=""))
+    assert (row["model"], row["tool"], row["prompt_len"], row["prompts"]) == ("small", "bench throughput", "1500", "2")
+    assert float(row["tokens_per_s"]) > 0
+    assert 0 < float(row["density"]) < 1
+
+
+def test_a_benchmark_that_is_told_to_stop_takes_its_server_along(tmp_path):
+    """As `timeout` tells it. The server is in a process group of its own."""
+    log = tmp_path / "latency-s2o.log"
+    files = ["--out", tmp_path / "result.json", "--logs", tmp_path]
+    command = [sys.executable, ROOT / "benchmarks" / "serving.py", "latency", "no-model", "--providers", "s2o", *files]
+    # Not from the repository's root, whose kernels/ a program without PYTHONSAFEPATH would find.
+    env = {name: value for name, value in os.environ.items() if name not in CHANGED}
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not (log.exists() and psutil.Process(process.pid).children()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        servers = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        assert process.stderr.read().splitlines()[-1] == "serving.py: told to stop; what was measured is written."
+    assert process.returncode == 1
+    assert servers
+    assert not psutil.wait_procs(servers, timeout=10)[1]
