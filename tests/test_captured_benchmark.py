@@ -52,6 +52,7 @@ def table(modules, monkeypatch, tmp_path):
     monkeypatch.setattr(
         attention, "quantiles", lambda run: (0.1, 0.2, 0.3) if run.__name__ == "rank" else (1.0, 2.0, 3.0)
     )
+    monkeypatch.setattr(attention, "replayed", lambda run: run)
     monkeypatch.setattr(attention, "extra_mib", lambda run: 4.0)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
 
