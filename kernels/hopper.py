@@ -1,18 +1,20 @@
 """Gluon, for Hopper GPUs: the two-pass attention of `prefill.py`, with warps that only gather.
 
-A program owns a tile of query rows of one head, as there, and computes the same in the same order. What differs
-is who does what and when:
+A tile of query rows of one head is computed as there, and in the same order. What differs is who does what and when.
+Each multiprocessor has one program, which takes tile after tile until none is left, the longest first:
 
-    gather     4 warps             slots -> rows of K and V, copied asynchronously into a ring of buffers
+    gather     4 warps             tiles; their queries; slots -> rows of K and V, copied into a ring of buffers
     visit      4 warps per 64 rows products on the matrix units; those of one block run under the softmax of the next
 
-A buffer's two barriers say that it is *full* (the copies have landed) and *free* (all products have read it). The
-halves of a tile run apart, so that one's softmax fills the gaps of the other's products; they meet where the tile is
-judged.
-When it stops, the gathering warps are blocks ahead, and what they have fetched is lost. The halves leave the number of
-a block that is not to be fetched any more, one ring after their last: all gathering warps compare with it, and before
-that block each of them has waited for a buffer that was freed after the number was left. So they stop together; a plain
-flag could be seen by some of them a block earlier than by the others, which would wait for them forever.
+Gathering is a few blocks ahead, and so at the next tile while the last one ends. A buffer's two barriers say that it
+is *full* (the copies have landed) and *free* (all products have read it); blocks are numbered through all tiles.
+The halves of a tile run apart, so that one's softmax fills the gaps of the other's products; they meet where the tile is
+judged, under the products that its next block begins with.
+
+When a tile stops, the gathering warps are blocks ahead. The halves leave the number of the first block that they do
+not use. Before block n + STAGES each gathering warp has waited for a buffer that was freed after n was left: so they
+leave the tile together, though some may see the number a block earlier than others, and only spare the copy then.
+The halves free what was gathered in vain.
 """
 
 import math
@@ -40,12 +42,57 @@ ROWS = gl.constexpr(64)
 """Query rows of a warp group."""
 
 
+FIELDS = gl.constexpr(8)
+"""Numbers that tell what a tile is: first query row, its position, rows (0: there is no tile any more), history, limit,
+where its ranking begins, sequence, and its index among tiles times heads."""
+
+
+@gluon.jit
+def _announce(
+    work, num_works, turn, Query, Segments, Tiles, queries, tasks, task_full, task_free,
+    num_heads, stride_q_token, stride_q_head, GROUP: gl.constexpr, D: gl.constexpr, HALVES: gl.constexpr,
+):  # fmt: skip
+    """Tell the halves what the tile of this turn is, and copy its queries."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4, 1], [1, 0])
+    slot = turn & 1
+    mbarrier.wait(task_free.index(slot), (turn >> 1) & 1 ^ 1)
+    task = slot * FIELDS
+    if work < num_works:
+        head, tile = work % num_heads, work // num_heads
+        segment = gl.load(Tiles + tile * 3)
+        first = gl.load(Tiles + tile * 3 + 1)
+        rows = gl.load(Tiles + tile * 3 + 2)
+        history = gl.load(Segments + segment * 7 + 4)
+        query_row = gl.load(Segments + segment * 7 + 1) + first
+        ranking = gl.load(Segments + segment * 7 + 6) + head // GROUP * history
+        tasks.index(task).store(gl.full([1], query_row, gl.int32, one))
+        tasks.index(task + 1).store(gl.full([1], gl.load(Segments + segment * 7 + 2) + first, gl.int32, one))
+        tasks.index(task + 2).store(gl.full([1], rows, gl.int32, one))
+        tasks.index(task + 3).store(gl.full([1], history, gl.int32, one))
+        tasks.index(task + 4).store(gl.full([1], gl.load(Segments + segment * 7 + 5), gl.int32, one))
+        tasks.index(task + 5).store(gl.full([1], ranking, gl.int32, one))
+        tasks.index(task + 6).store(gl.full([1], gl.load(Segments + segment * 7), gl.int32, one))
+        tasks.index(task + 7).store(gl.full([1], work, gl.int32, one))
+        row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+        d = gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
+        at = Query + query_row.to(gl.int64) * stride_q_token + head * stride_q_head
+        for half in gl.static_range(HALVES):
+            # What lies beyond the tile repeats its last row, and is not stored.
+            mine = gl.minimum(half * ROWS + row, rows - 1)
+            copy_rows(queries.index(slot * HALVES + half), at + mine[:, None] * stride_q_token + d)
+    else:
+        tasks.index(task + 2).store(gl.full([1], 0, gl.int32, one))
+    mbarrier.arrive(task_full.index(slot), count=1)
+    async_copy.mbarrier_arrive(task_full.index(slot), increment_count=False)
+
+
 @gluon.jit
 def _copy_block(
-    slot, i, keys, values, d, buffers, barriers, stride_block, stride_token,
+    slot, i, live, keys, values, d, buffers, barriers, stride_block, stride_token,
     PAGE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Start copying the rows at these slots into the ring, as block i."""
+    """Start copying the rows at these slots into the ring, as block i; nothing is copied unless `live`."""
     k_ring, v_ring, _ = buffers
     k_full, k_free, v_full, v_free = barriers
     # In 16-byte steps a row's place fits 32 bits, which spares registers.
@@ -54,20 +101,25 @@ def _copy_block(
     stage = i % STAGES
     phase = (i // STAGES) & 1 ^ 1
     mbarrier.wait(k_free.index(stage), phase)
-    copy_rows(k_ring.index(stage), keys + at)
+    if live:
+        copy_rows(k_ring.index(stage), keys + at)
     async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
     mbarrier.wait(v_free.index(stage), phase)
-    copy_rows(v_ring.index(stage), values + at)
+    if live:
+        copy_rows(v_ring.index(stage), values + at)
     async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
 
 
 @gluon.jit
 def _gather(
-    keys, values, table, ranking, buffers, barriers, stride_block, stride_token, history, num_inside, end, limit,
-    BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PAGE: gl.constexpr,
+    Next, num_works, Query, Keys, Values, BlockTable, Segments, Tiles, Slots, queries, buffers, barriers,
+    tasks, task_full, task_free, num_heads, stride_q_token, stride_q_head, stride_block, stride_token, stride_k_head,
+    stride_v_head, stride_table,
+    GROUP: gl.constexpr, D: gl.constexpr, HALVES: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    PAGE: gl.constexpr,
 ):  # fmt: skip
-    """Rows of the segment, then of its ranked history. Slots are read a block ahead: rows and the slots that name them
-    are loads that wait for each other."""
+    """Of each tile, rows of the segment and then of its ranked history. Slots are read a block ahead: rows and the slots
+    that name them are loads that wait for each other."""
     threads: gl.constexpr = D // 8
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
     row = gl.arange(0, BLOCK, gl.SliceLayout(1, layout))
@@ -75,31 +127,60 @@ def _gather(
     one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     end_block = buffers[2]
 
-    position = gl.minimum(history + row, end - 1)
-    page = gl.load(table + position // PAGE)
-    for i in range(num_inside):
-        slot = page * PAGE + position % PAGE
-        position = gl.minimum(history + (i + 1) * BLOCK + row, end - 1)
-        page = gl.load(table + position // PAGE)
-        _copy_block(slot, i, keys, values, d, buffers, barriers, stride_block, stride_token, PAGE, STAGES)
+    turn = 0
+    base = 0
+    work = gl.atomic_add(Next, 1)
+    _announce(
+        work, num_works, turn, Query, Segments, Tiles, queries, tasks, task_full, task_free,
+        num_heads, stride_q_token, stride_q_head, GROUP, D, HALVES,
+    )  # fmt: skip
+    while work < num_works:
+        task = (turn & 1) * FIELDS
+        history = tasks.index(task + 3).load(one).item()
+        limit = tasks.index(task + 4).load(one).item()
+        ranking = Slots + tasks.index(task + 5).load(one).item()
+        end = tasks.index(task + 1).load(one).item() + tasks.index(task + 2).load(one).item()
+        table = BlockTable + tasks.index(task + 6).load(one).item().to(gl.int64) * stride_table
+        kv_head = (work % num_heads // GROUP).to(gl.int64)
+        keys, values = Keys + kv_head * stride_k_head, Values + kv_head * stride_v_head
+        num_inside = gl.cdiv(end - history, BLOCK)
 
-    i = num_inside
-    if limit > 0:
-        slot = gl.load(ranking + gl.minimum(row, limit - 1))
+        position = gl.minimum(history + row, end - 1)
+        page = gl.load(table + position // PAGE)
+        for j in range(num_inside):
+            slot = page * PAGE + position % PAGE
+            position = gl.minimum(history + (j + 1) * BLOCK + row, end - 1)
+            page = gl.load(table + position // PAGE)
+            _copy_block(
+                slot, base + j, True, keys, values, d, buffers, barriers, stride_block, stride_token, PAGE, STAGES
+            )
+
+        # The next tile is known long before this one ends.
+        turn += 1
+        work = gl.atomic_add(Next, 1)
+        _announce(
+            work, num_works, turn, Query, Segments, Tiles, queries, tasks, task_full, task_free,
+            num_heads, stride_q_token, stride_q_head, GROUP, D, HALVES,
+        )  # fmt: skip
+
+        # The halves begin a block before they know that there is none: the last one holds nothing.
+        ranked = row * 0 + limit > 0
+        slot = gl.load(ranking + gl.minimum(row, limit - 1), mask=ranked, other=0)
+        i = base + num_inside
+        last = i + gl.cdiv(limit, BLOCK)
         seen = 0
-        going = seen < limit
+        going = True
         while going:
-            ahead = gl.load(ranking + gl.minimum(seen + BLOCK + row, limit - 1))
-            _copy_block(slot, i, keys, values, d, buffers, barriers, stride_block, stride_token, PAGE, STAGES)
+            ahead = gl.load(ranking + gl.minimum(seen + BLOCK + row, limit - 1), mask=ranked, other=0)
+            unused = end_block.load(one).item()  # of an earlier tile it is below this tile's first block
+            live = (i < last) & ((unused <= base) | (i < unused))
+            _copy_block(slot, i, live, keys, values, d, buffers, barriers, stride_block, stride_token, PAGE, STAGES)
             slot = ahead
             seen += BLOCK
             i += 1
-            going = (seen < limit) & (i < end_block.load(one).item())
-    # The halves begin a block before they know that there is none: its keys are whatever the buffer holds.
-    if i < end_block.load(one).item():
-        k_full, k_free, _, _ = barriers
-        mbarrier.wait(k_free.index(i % STAGES), (i // STAGES) & 1 ^ 1)
-        async_copy.mbarrier_arrive(k_full.index(i % STAGES), increment_count=False)
+            unused = end_block.load(one).item()
+            going = (i <= last) & ((unused <= base) | (i < unused + STAGES))
+        base = i
     async_copy.wait_group(0)
 
 
@@ -209,155 +290,174 @@ def _judge(gain, verdict, met, round, half, HALVES: gl.constexpr, WORST_ROW: gl.
 
 @gluon.jit
 def _visit(
-    half, queries, out, stride_o_token, visited, query_pos, rows, history, num_inside, limit, threshold, scale,
-    buffers, barriers, verdict, met,
+    half, queries, Out, Visited, Thresholds, num_heads, stride_o_token, stride_o_head, scale,
+    buffers, barriers, tasks, task_full, task_free, verdict, met,
     D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
     UNIT: gl.constexpr, INTERVAL: gl.constexpr, WORST_ROW: gl.constexpr,
 ):  # fmt: skip
-    """Both passes for one half of a tile."""
+    """Both passes for one half of each tile."""
     one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     k_ring, v_ring, end_block = buffers
     k_full, k_free, v_full, v_free = barriers
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    q = queries.index(half)
-    row = half * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, MMA))
-    inside = query_pos - history + row  # place in the segment
-    acc = gl.zeros([ROWS, D], gl.float32, ACC)
-    m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, MMA))
-    l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, MMA))
-
-    # Pass 1: the segment's own keys, causal. Nothing precedes the first block.
-    scores = warpgroup_mma_wait(0, [_scores(q, k_ring, k_full, 0, MMA, BLOCK, STAGES)])
-    mbarrier.arrive(k_free.index(0), count=1)
-    column = gl.arange(0, BLOCK, gl.SliceLayout(0, MMA))
-    scores = gl.where(column[None, :] <= inside[:, None], scores, float("-inf"))
-    w, m, l, _kept = _softmax(scores, m, l, scale)
-    p = _pack(w, q.dtype)
-    for i in range(1, num_inside):
-        s, before = _begin(q, p, acc, i, buffers, barriers, MMA, P, BLOCK, STAGES)
-        p, acc, m, l = _finish(
-            s, before, m, l, i, scale, inside - i * BLOCK, barriers, q.dtype, MMA, BLOCK, STAGES, MASKED=True
-        )
-
-    # Pass 2: the history, most important keys first, until the tile gains nothing more. The tile is judged under the
-    # products that the next block begins with; when it stops, or no whole block is left, these scores are not used.
     PER_TEST: gl.constexpr = INTERVAL * UNIT // BLOCK
-    num_whole = limit // BLOCK
-    i = num_inside
-    done = 0
-    gain = gl.full([ROWS], float("inf"), gl.float32, gl.SliceLayout(1, MMA))
-    gains = True
-    going = True
-    while going:
-        s, before = _begin(q, p, acc, i, buffers, barriers, MMA, P, BLOCK, STAGES)
-        judged = _judge(gain, verdict, met, (done + PER_TEST - 1) // PER_TEST, half, HALVES, WORST_ROW)
-        if not WORST_ROW:
-            judged = judged / rows
-        # The last whole blocks may be too few for a test: what is left belongs to them.
-        gains = (judged >= threshold) | (done % PER_TEST > 0)
-        going = gains & (done < num_whole)
-        if going:
-            m_before, l_before = m, l
+    row = half * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, MMA))
+    column = gl.arange(0, BLOCK, gl.SliceLayout(0, MMA))
+
+    turn = 0
+    base = 0
+    round = 0
+    mbarrier.wait(task_full.index(0), 0)
+    rows = tasks.index(2).load(one).item()
+    while rows > 0:
+        fence_async_shared()
+        slot = turn & 1
+        task = slot * FIELDS
+        query_pos = tasks.index(task + 1).load(one).item()
+        history = tasks.index(task + 3).load(one).item()
+        limit = tasks.index(task + 4).load(one).item()
+        work = tasks.index(task + 7).load(one).item()
+        head = work % num_heads
+        threshold = gl.load(Thresholds + head)
+        num_inside = gl.cdiv(query_pos + rows - history, BLOCK)
+        q = queries.index(slot * HALVES + half)
+        inside = query_pos - history + row  # place in the segment
+        acc = gl.zeros([ROWS, D], gl.float32, ACC)
+        m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, MMA))
+        l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, MMA))
+
+        # Pass 1: the segment's own keys, causal. Nothing precedes the first block.
+        scores = warpgroup_mma_wait(0, [_scores(q, k_ring, k_full, base, MMA, BLOCK, STAGES)])
+        mbarrier.arrive(k_free.index(base % STAGES), count=1)
+        scores = gl.where(column[None, :] <= inside[:, None], scores, float("-inf"))
+        w, m, l, _kept = _softmax(scores, m, l, scale)
+        p = _pack(w, q.dtype)
+        for j in range(1, num_inside):
+            s, before = _begin(q, p, acc, base + j, buffers, barriers, MMA, P, BLOCK, STAGES)
             p, acc, m, l = _finish(
-                s, before, m, l, i, scale, inside, barriers, q.dtype, MMA, BLOCK, STAGES, MASKED=False
-            )
-            count = gl.minimum(PER_TEST, num_whole - done)
-            for j in range(1, count):
-                s, before = _begin(q, p, acc, i + j, buffers, barriers, MMA, P, BLOCK, STAGES)
+                s, before, m, l, base + j, scale, inside - j * BLOCK, barriers, q.dtype, MMA, BLOCK, STAGES,
+                MASKED=True,
+            )  # fmt: skip
+
+        # Pass 2: the history, most important keys first, until the tile gains nothing more. When it stops, or no whole
+        # block is left, the scores that were begun are not used.
+        num_whole = limit // BLOCK
+        i = base + num_inside
+        last = i + gl.cdiv(limit, BLOCK)
+        done = 0
+        gain = gl.full([ROWS], float("inf"), gl.float32, gl.SliceLayout(1, MMA))
+        gains = True
+        going = True
+        while going:
+            s, before = _begin(q, p, acc, i, buffers, barriers, MMA, P, BLOCK, STAGES)
+            judged = _judge(gain, verdict, met, round, half, HALVES, WORST_ROW)
+            round += 1
+            if not WORST_ROW:
+                judged = judged / rows
+            # The last whole blocks may be too few for a test: what is left belongs to them.
+            gains = (judged >= threshold) | (done % PER_TEST > 0)
+            going = gains & (done < num_whole)
+            if going:
+                m_before, l_before = m, l
                 p, acc, m, l = _finish(
-                    s, before, m, l, i + j, scale, inside, barriers, q.dtype, MMA, BLOCK, STAGES, MASKED=False
+                    s, before, m, l, i, scale, inside, barriers, q.dtype, MMA, BLOCK, STAGES, MASKED=False
                 )
-            i += count
-            done += count
-            gain = 1 - l_before * _exp2(m_before - m) / l
-            gain = gl.where((gain > 0) & (row < rows), gain, 0.0) / INTERVAL
-        else:
-            end_block.store(gl.full([1], i + STAGES, gl.int32, one))
-            _unused, acc = warpgroup_mma_wait(0, [s, before])
-            mbarrier.arrive(v_free.index((i - 1) % STAGES), count=1)
+                count = gl.minimum(PER_TEST, num_whole - done)
+                for j in range(1, count):
+                    s, before = _begin(q, p, acc, i + j, buffers, barriers, MMA, P, BLOCK, STAGES)
+                    p, acc, m, l = _finish(
+                        s, before, m, l, i + j, scale, inside, barriers, q.dtype, MMA, BLOCK, STAGES, MASKED=False
+                    )
+                i += count
+                done += count
+                gain = 1 - l_before * _exp2(m_before - m) / l
+                gain = gl.where((gain > 0) & (row < rows), gain, 0.0) / INTERVAL
+            else:
+                if not gains:
+                    end_block.store(gl.full([1], i, gl.int32, one))
+                _unused, acc = warpgroup_mma_wait(0, [s, before])
+                mbarrier.arrive(v_free.index((i - 1) % STAGES), count=1)
 
-    seen = done * BLOCK
-    if gains & (seen < limit):  # the end of a ranking
-        scores = warpgroup_mma_wait(0, [_scores(q, k_ring, k_full, i, MMA, BLOCK, STAGES)])
-        scores = gl.where(column[None, :] < limit - seen, scores, float("-inf"))
-        w, m, l, keep = _softmax(scores, m, l, scale)
-        weights = _unpack(_pack(w, q.dtype), q.dtype, P)
-        acc = warpgroup_mma_wait(0, [_weighted(weights, _rescale(acc, keep), v_ring, v_full, i, STAGES)])
-        seen = limit
-    l = gl.convert_layout(l, gl.SliceLayout(1, ACC))
-    result = gl.where(l[:, None] > 0, acc / l[:, None], l[:, None] * 0)
-    row = half * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, ACC))
-    d = gl.arange(0, D, gl.SliceLayout(0, ACC))
-    at = out + row[:, None] * stride_o_token + d[None, :]
-    gl.store(at, result.to(out.dtype.element_ty), mask=(row < rows)[:, None])
-    if half == 0:
-        gl.store(visited, rows * (query_pos - history + 1) + rows * (rows - 1) // 2 + seen * rows)
+        gathered = last + 1 if gains else gl.minimum(i + STAGES, last + 1)
+        seen = done * BLOCK
+        if gains & (seen < limit):  # the end of a ranking
+            scores = warpgroup_mma_wait(0, [_scores(q, k_ring, k_full, i, MMA, BLOCK, STAGES)])
+            mbarrier.arrive(k_free.index(i % STAGES), count=1)
+            scores = gl.where(column[None, :] < limit - seen, scores, float("-inf"))
+            w, m, l, keep = _softmax(scores, m, l, scale)
+            weights = _unpack(_pack(w, q.dtype), q.dtype, P)
+            acc = warpgroup_mma_wait(0, [_weighted(weights, _rescale(acc, keep), v_ring, v_full, i, STAGES)])
+            mbarrier.arrive(v_free.index(i % STAGES), count=1)
+            seen = limit
+            i += 1
+        query_row = tasks.index(task).load(one).item()
+        mbarrier.arrive(task_free.index(slot), count=1)
+        for b in range(i, gathered):  # in vain
+            mbarrier.wait(k_full.index(b % STAGES), (b // STAGES) & 1)
+            mbarrier.arrive(k_free.index(b % STAGES), count=1)
+            mbarrier.wait(v_full.index(b % STAGES), (b // STAGES) & 1)
+            mbarrier.arrive(v_free.index(b % STAGES), count=1)
+        base = gathered
+
+        total = gl.convert_layout(l, gl.SliceLayout(1, ACC))
+        result = gl.where(total[:, None] > 0, acc / total[:, None], total[:, None] * 0)
+        out_row = half * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, ACC))
+        d = gl.arange(0, D, gl.SliceLayout(0, ACC))
+        at = Out + query_row.to(gl.int64) * stride_o_token + head * stride_o_head
+        at = at + out_row[:, None] * stride_o_token + d[None, :]
+        gl.store(at, result.to(Out.dtype.element_ty), mask=(out_row < rows)[:, None])
+        if half == 0:
+            gl.store(Visited + work, rows * (query_pos - history + 1) + rows * (rows - 1) // 2 + seen * rows)
+
+        turn += 1
+        mbarrier.wait(task_full.index(turn & 1), (turn >> 1) & 1)
+        rows = tasks.index((turn & 1) * FIELDS + 2).load(one).item()
 
 
-@gluon.jit(do_not_specialize=["stride_table"])
+@gluon.jit(do_not_specialize=["stride_table", "num_works"])
 def _attend(
-    Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Thresholds, Out, Visited,
+    Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Thresholds, Out, Visited, Next, num_works, num_heads,
     stride_q_token, stride_q_head, stride_block, stride_token, stride_k_head, stride_v_head,
     stride_o_token, stride_o_head, stride_table, scale,
     PAGE: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, HALVES: gl.constexpr, BLOCK: gl.constexpr,
     UNIT: gl.constexpr, INTERVAL: gl.constexpr, WORST_ROW: gl.constexpr, STAGES: gl.constexpr,
     VISIT_REGISTERS: gl.constexpr, GATHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    head, tile = gl.program_id(0), gl.program_id(1)
-    kv_head = (head // GROUP).to(gl.int64)
-    segment = gl.load(Tiles + tile * 3)
-    first = gl.load(Tiles + tile * 3 + 1)
-    rows = gl.load(Tiles + tile * 3 + 2)
-    seq = gl.load(Segments + segment * 7).to(gl.int64)
-    query_row = gl.load(Segments + segment * 7 + 1).to(gl.int64) + first
-    query_pos = gl.load(Segments + segment * 7 + 2) + first
-    history = gl.load(Segments + segment * 7 + 4)
-    limit = gl.load(Segments + segment * 7 + 5)
-    ranking = Slots + gl.load(Segments + segment * 7 + 6) + kv_head * history
-    threshold = gl.load(Thresholds + head)
-    end = query_pos + rows
-    num_inside = gl.cdiv(end - history, BLOCK)
-
     dtype: gl.constexpr = Query.dtype.element_ty
     q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], dtype)
     ring: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, D], dtype)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bar: gl.constexpr = mbarrier.MBarrierLayout()
-    queries = gl.allocate_shared_memory(dtype, [HALVES, ROWS, D], q_shared)
+    queries = gl.allocate_shared_memory(dtype, [2 * HALVES, ROWS, D], q_shared)
     k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D], ring)
     v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D], ring)
     end_block = gl.allocate_shared_memory(gl.int32, [1], plain)
+    tasks = gl.allocate_shared_memory(gl.int32, [2 * FIELDS, 1], plain)
     verdict = gl.allocate_shared_memory(gl.float32, [4, 1], plain)
     met = gl.allocate_shared_memory(gl.int64, [1], bar)
+    task_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    task_free = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     mbarrier.init(met, count=HALVES)
+    for slot in gl.static_range(2):
+        mbarrier.init(task_full.index(slot), count=GATHER_THREADS + 1)
+        mbarrier.init(task_free.index(slot), count=HALVES)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=GATHER_THREADS)
         mbarrier.init(v_full.index(stage), count=GATHER_THREADS)
         mbarrier.init(k_free.index(stage), count=HALVES)
         mbarrier.init(v_free.index(stage), count=HALVES)
     one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    end_block.store(gl.full([1], 2**31 - 1, gl.int32, one))
-
-    load: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4, 1], [1, 0])
-    r = gl.arange(0, ROWS, gl.SliceLayout(1, load))
-    d = gl.arange(0, D, gl.SliceLayout(0, load))
-    for half in gl.static_range(HALVES):
-        at = Query + (query_row + half * ROWS + r)[:, None] * stride_q_token + head * stride_q_head + d[None, :]
-        queries.index(half).store(gl.load(at, mask=(half * ROWS + r < rows)[:, None], other=0.0))
+    end_block.store(gl.full([1], 0, gl.int32, one))
     fence_async_shared()
 
-    out = Out + query_row * stride_o_token + head * stride_o_head
-    visited = Visited + tile * gl.num_programs(0) + head
     buffers = (k_ring, v_ring, end_block)
     barriers = (k_full, k_free, v_full, v_free)
-    keys, values = Keys + kv_head * stride_k_head, Values + kv_head * stride_v_head
-    table = BlockTable + seq * stride_table
     # Constants stay constants only in a call's own tuples.
     if HALVES == 1:
         gl.warp_specialize(
@@ -365,16 +465,18 @@ def _attend(
                 (
                     _visit,
                     (
-                        0, queries, out, stride_o_token, visited, query_pos, rows, history, num_inside, limit,
-                        threshold, scale, buffers, barriers, verdict, met,
+                        0, queries, Out, Visited, Thresholds, num_heads, stride_o_token, stride_o_head, scale,
+                        buffers, barriers, tasks, task_full, task_free, verdict, met,
                         D, BLOCK, STAGES, HALVES, UNIT, INTERVAL, WORST_ROW,
                     ),
                 ),
                 (
                     _gather,
                     (
-                        keys, values, table, ranking, buffers, barriers, stride_block, stride_token, history,
-                        num_inside, end, limit, BLOCK, D, STAGES, PAGE,
+                        Next, num_works, Query, Keys, Values, BlockTable, Segments, Tiles, Slots, queries, buffers,
+                        barriers, tasks, task_full, task_free, num_heads, stride_q_token, stride_q_head, stride_block,
+                        stride_token, stride_k_head, stride_v_head, stride_table,
+                        GROUP, D, HALVES, BLOCK, STAGES, PAGE,
                     ),
                 ),
             ],
@@ -387,24 +489,26 @@ def _attend(
                 (
                     _visit,
                     (
-                        0, queries, out, stride_o_token, visited, query_pos, rows, history, num_inside, limit,
-                        threshold, scale, buffers, barriers, verdict, met,
+                        0, queries, Out, Visited, Thresholds, num_heads, stride_o_token, stride_o_head, scale,
+                        buffers, barriers, tasks, task_full, task_free, verdict, met,
                         D, BLOCK, STAGES, HALVES, UNIT, INTERVAL, WORST_ROW,
                     ),
                 ),
                 (
                     _visit,
                     (
-                        1, queries, out, stride_o_token, visited, query_pos, rows, history, num_inside, limit,
-                        threshold, scale, buffers, barriers, verdict, met,
+                        1, queries, Out, Visited, Thresholds, num_heads, stride_o_token, stride_o_head, scale,
+                        buffers, barriers, tasks, task_full, task_free, verdict, met,
                         D, BLOCK, STAGES, HALVES, UNIT, INTERVAL, WORST_ROW,
                     ),
                 ),
                 (
                     _gather,
                     (
-                        keys, values, table, ranking, buffers, barriers, stride_block, stride_token, history,
-                        num_inside, end, limit, BLOCK, D, STAGES, PAGE,
+                        Next, num_works, Query, Keys, Values, BlockTable, Segments, Tiles, Slots, queries, buffers,
+                        barriers, tasks, task_full, task_free, num_heads, stride_q_token, stride_q_head, stride_block,
+                        stride_token, stride_k_head, stride_v_head, stride_table,
+                        GROUP, D, HALVES, BLOCK, STAGES, PAGE,
                     ),
                 ),
             ],
@@ -448,6 +552,8 @@ def unsuitable(query, key_cache, value_cache, ordered: bool, tile_size: int, int
     # Rows are copied in pieces of 16 bytes, which Triton believes of strides that are multiples of 16, and addressed in
     # such steps, of which 32 bits count 64 GiB.
     steps = [s for stride in strides for s in stride[:3]]
+    if any(s % 16 for s in query.stride()[:2]) or query.data_ptr() % 16:
+        return "query alignment"
     if any(s % 16 for s in steps) or key_cache.data_ptr() % 16 or value_cache.data_ptr() % 16:
         return "cache alignment"
     blocks, block_size = key_cache.shape[:2]
@@ -466,10 +572,13 @@ def attend(
     if options is None:  # tuned for tiles of 128 rows
         options = Launch(**tuned.options("hopper", head_size, query.device)) if tile_size == 128 else Launch()
     visited = torch.empty(len(tiles), num_heads, dtype=torch.int32, device=query.device)
+    taken = torch.zeros(1, dtype=torch.int32, device=query.device)
     strides = key_cache.stride()
     halves = tile_size // ROWS.value
-    _attend[(num_heads, len(tiles))](
-        query, key_cache, value_cache, block_table, segments, tiles, slots, thresholds, out, visited,
+    processors = torch.cuda.get_device_properties(query.device).multi_processor_count
+    _attend[(min(processors, visited.numel()),)](
+        query, key_cache, value_cache, block_table, segments, tiles, slots, thresholds, out, visited, taken,
+        visited.numel(), num_heads,
         query.stride(0), query.stride(1), strides[0], strides[1], strides[2], value_cache.stride(2),
         out.stride(0), out.stride(1), block_table.stride(0), scale * LOG2E,
         PAGE=block_size, GROUP=num_heads // num_kv_heads, D=head_size, HALVES=halves,
