@@ -11,9 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from bench_modules import latency, main, needles, record, throughput
+from bench_modules import latency, main, needles, record, servers, throughput
 from processes import ROOT
 
+from vllm_s2o.config import ModelTraits, load_config
 from vllm_s2o.quality.needles import Needle
 
 NEEDLES = [Needle(f"{length} tokens, depth 50%", str(length), "12345") for length in (1000, 4000, 7800)]
@@ -178,6 +179,17 @@ def test_throughput_gives_all_prompts_at_once(bench):
     assert columns(rows, *names) == [("flash_attn", *same), ("s2o_budget_10", *same)]
     assert [option(command, "--attention-backend") for command in bench.commands] == ["CUSTOM", "FLASH_ATTN"]
     assert not bench.servers
+
+
+def test_a_tenth_is_every_layers():
+    """One dense layer among 32 would cost what ten of the others do."""
+    shape = servers.SHAPES["llama-3.1-8b"]
+    names = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    traits = ModelTraits("llama-3.1-8b", *shape["architectures"], *(shape[name] for name in names))
+    given = json.loads(option(servers.PROVIDERS["s2o_budget_10"], "--additional-config"))["s2o"]
+    config = load_config(traits, given)
+    assert config.source == "llama-3.1-8b-instruct.yaml"
+    assert [layer and layer.budget for layer in map(config.layer, range(32))] == [0.1] * 32
 
 
 def test_commands_add_up(bench):
