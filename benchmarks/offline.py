@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from latency import OUTPUT_TOKENS
 from record import Record
-from servers import CPU, PROVIDERS, compiled_while_serving, density, model_and_args, our_lines, room
+from servers import CPU, PROVIDERS, compiled_while_serving, density, model_and_args, our_lines, room, step_tokens
 
 from vllm_s2o.cli.server import bench_command, environment
 from vllm_s2o.stats import prefills
@@ -118,7 +118,8 @@ def offline(options: argparse.Namespace, record: Record, logs: Path) -> None:
         log = logs / f"{options.what}-{name}-{tokens}.log"
         repeats = bench(tool, options, model, tokens, [*PROVIDERS[name], *args], log)
         said = log.read_text(errors="replace")
-        lengths = {"prompt_len": tokens, "output_len": tool.output_len, "concurrency": tool.concurrency}
+        lengths = {"prompt_len": tokens, "output_len": tool.output_len}
+        lengths |= {"concurrency": tool.concurrency, "max_num_batched_tokens": step_tokens(said)}
         record.put(name, {"tool": f"bench {tool.name}", **lengths, "repeats": repeats}, our_lines(said))
         print(f"{name}: {tokens} tokens in, {tool.output_len} out: {_summary(repeats)}", flush=True)
 

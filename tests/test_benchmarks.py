@@ -18,6 +18,7 @@ from vllm_s2o.config import ModelTraits, load_config
 from vllm_s2o.quality.needles import Needle
 
 NEEDLES = [Needle(f"{length} tokens, depth 50%", str(length), "12345") for length in (1000, 4000, 7800)]
+CHUNKS = "INFO Chunked prefill is enabled with max_num_batched_tokens=8192.\n"
 ENVIRONMENT = {"machine": "GPU", "date": "2026-01-01", "commit": "abc", "changed": False, "vllm": "0.32.0"}
 
 
@@ -98,7 +99,7 @@ class Bench:
         monkeypatch.setattr(latency, "LOG_INTERVAL", 0)
         monkeypatch.setattr(offline, "run", self.bench_offline)
 
-    log, port, name, env = "", 1, "model", {}  # of the server
+    log, port, name, env = CHUNKS, 1, "model", {}  # of the server
 
     def serve(self, *_):
         self.servers += 1
@@ -131,7 +132,7 @@ class Bench:
         else:
             tokens, asked = option(command, "--random-input-len"), int(option(command, "--num-prompts"))
             figures = {"num_requests": asked, "elapsed_time": 2.0, "tokens_per_second": 9.5}
-        log.write_text(self.steps(int(tokens)))
+        log.write_text(CHUNKS + self.steps(int(tokens)))
         Path(option(command, "--output-json")).write_text(json.dumps(figures))
         return 0
 
@@ -229,6 +230,16 @@ def test_ttft_leaves_room_for_its_one_token(bench):
     rows = bench.run("ttft", "--shape llama-3.1-8b --tokens 32768 131072 --providers flash_attn")
     assert columns(rows, "model", "prompt_len") == [("llama-3.1-8b", "32768"), ("llama-3.1-8b", "131071")]
     assert option(bench.commands[1], "--input-len") == "131071"
+
+
+@pytest.mark.parametrize("what", ["latency", "ttft", "throughput"])
+@pytest.mark.parametrize("log, tokens", [(CHUNKS, 8192), ("INFO nothing of it\n", None)], ids=["said", "not said"])
+def test_the_file_holds_the_size_of_chunks(bench, monkeypatch, what, log, tokens):
+    monkeypatch.setattr(sys.modules[__name__], "CHUNKS", log)
+    bench.log = log
+    bench.run(what, "--providers s2o")
+    (run,) = json.loads(bench.out.read_text())["providers"]["s2o"]["runs"]
+    assert run["max_num_batched_tokens"] == tokens
 
 
 @pytest.mark.parametrize("what, tool", [("ttft", "latency"), ("throughput", "throughput")])

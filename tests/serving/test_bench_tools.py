@@ -1,6 +1,7 @@
 """vLLM's own tools, as `benchmarks/serving.py` calls them: their options, their figures, and the density in the log."""
 
 import csv
+import json
 import os
 import shlex
 import subprocess
@@ -71,6 +72,8 @@ def bench(what, arguments, more, model, monkeypatch, tmp_path) -> dict[str, str]
     assert (row["model"], row["prompt_len"]) == ("small", "1500")
     assert float(row["tokens_per_s"]) > 0
     assert 0 < float(row["density"]) < 1
+    (run,) = json.loads((tmp_path / "result.json").read_text())["providers"]["s2o"]["runs"]
+    assert run["max_num_batched_tokens"] == 8192  # of BASE_ARGS, by vLLM's own word
     return row
 
 
