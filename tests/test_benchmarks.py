@@ -409,18 +409,17 @@ def test_a_run_that_is_given_up_leaves_no_process(monkeypatch, tmp_path):
     assert not alive
 
 
-def test_make_bench_measures_both_backends_by_both_tools(bench):
+def test_make_bench_measures_both_backends_by_every_tool(bench):
     """What the Makefile asks for is understood, and makes one table."""
     told = subprocess.run(["make", "-n", "GPU=yes", "bench-serving"], cwd=ROOT, capture_output=True, text=True)
     commands = [shlex.split(line) for line in told.stdout.splitlines() if "benchmarks/serving.py" in line]
-    assert [command[2] for command in commands] == ["latency", "throughput"]
-    assert "--add" not in commands[0]
-    assert "--add" in commands[1]
+    assert [command[2] for command in commands] == ["latency", "ttft", "throughput"]
+    assert ["--add" in command for command in commands] == [False, True, True]
     files = [[option(command, name) for name in ("--out", "--table", "--shape")] for command in commands]
-    assert files[0] == files[1]
+    assert files[0] == files[1] == files[2]
     for command in commands:
         bench.patch.setattr(sys, "argv", command[1:])
         options = main.parse()
         assert options.tokens == [32768, 131072]
         assert options.providers == ["s2o_budget_10", "flash_attn"]
-        assert options.what == "throughput" or (options.concurrency, options.also) == ([1, 8], ["short", "decode"])
+        assert options.what != "latency" or (options.concurrency, options.also) == ([1, 8], ["short", "decode"])
