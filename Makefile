@@ -77,6 +77,7 @@ BENCHED = $(SMOLLM2) --shape llama-3.1-8b --tokens 32768 131072 --providers s2o_
 bench-serving: needs-gpu $(SMOLLM2)/prepared.txt ## whole servers and engines, S2O and FLASH_ATTN
 	@unset PYTHONSAFEPATH
 	.venv/bin/python benchmarks/serving.py latency $(BENCHED) --concurrency 1 8 --prompts 3 --also short decode
+	.venv/bin/python benchmarks/serving.py ttft $(BENCHED) --add
 	.venv/bin/python benchmarks/serving.py throughput $(BENCHED) --prompts 8 --add
 
 needs-gpu:

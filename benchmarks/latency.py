@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from record import Record
-from servers import PROVIDERS, compiled_while_serving, density, model_and_args, our_lines, room, serve
+from servers import PROVIDERS, compiled_while_serving, density, model_and_args, our_lines, room, serve, step_tokens
 
 from vllm_s2o.cli.server import Server, bench_command
 from vllm_s2o.stats import LOG_INTERVAL, prefills
@@ -91,8 +91,8 @@ def latency(options: argparse.Namespace, record: Record, logs: Path) -> None:
                     found = bench(server, model, load, logs)
                     repeats.append(found)
                     asked = {"prompt_len": load.prompt_len, "output_len": load.output_len}
-                    run = {"tool": TOOL, **asked, "concurrency": load.concurrency, "repeats": repeats}
-                    record.put(name, run, our_lines(server.log))
+                    asked |= {"concurrency": load.concurrency, "max_num_batched_tokens": step_tokens(server.log)}
+                    record.put(name, {"tool": TOOL, **asked, "repeats": repeats}, our_lines(server.log))
                     print(
                         f"{name}: {load.prompt_len} tokens in, {load.output_len} out, concurrency {load.concurrency}: "
                         f"median TTFT {found['median_ttft_ms']:.1f} ms, TPOT {found['median_tpot_ms']:.3f} ms, "

@@ -48,7 +48,9 @@ class Record:
         except (ValueError, KeyError, TypeError, AttributeError):
             unlike = True
         if unlike:
-            sys.exit(f"serving.py: {self.out} cannot be added to, for it holds no results of latency or throughput.")
+            sys.exit(
+                f"serving.py: {self.out} cannot be added to, for it holds no results of latency, ttft or throughput."
+            )
         here = _flat(self.result)
         differ = [
             f"{name} {there.get(name)}, here {here.get(name)}"

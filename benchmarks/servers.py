@@ -1,6 +1,7 @@
 """What the benchmarks of whole servers share: their flags, models without weights, and what a log tells."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ FLAG = ("--attention-backend", "CUSTOM")
 PROVIDERS = {
     "s2o": [*FLAG],
     # Random weights attend to everything alike: a fixed share of the history shows what sparse prefill would cost.
+    # Every layer visits it where the model's file keeps none dense, as Llama's does; no override here undoes a file's.
     "s2o_budget_10": [*FLAG, "--additional-config", '{"s2o": {"budget": 0.1}}'],
     "flash_attn": ["--attention-backend", "FLASH_ATTN"],
 }
@@ -32,6 +34,13 @@ def our_lines(log: str) -> list[str]:
 def compiled_while_serving(log: str) -> list[str]:
     """Warnings of vLLM's monitor for kernels compiled during inference; 0.25.1 has it too."""
     return [line for line in log.splitlines() if " during inference: " in line]
+
+
+def step_tokens(log: str) -> int | None:
+    """The most tokens that one step of an engine takes, and so the chunks of a long prompt; None where vLLM does not
+    say. Its default differs between servers and engines without one."""
+    found = re.search(r"Chunked prefill is enabled with max_num_batched_tokens=(\d+)", log)
+    return int(found[1]) if found else None
 
 
 def density(steps: list[Prefill]) -> float | None:
