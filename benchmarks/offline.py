@@ -19,7 +19,6 @@ from record import Record
 from servers import CPU, PROVIDERS, compiled_while_serving, density, model_and_args, our_lines, room, step_tokens
 
 from vllm_s2o.cli.server import bench_command, environment
-from vllm_s2o.stats import prefills
 
 SECONDS = 580
 """After which a run is given up, its engine's start included."""
@@ -88,7 +87,7 @@ def bench(tool: Tool, options: argparse.Namespace, model: str, tokens: int, args
         end = "\n".join(said.splitlines()[-40:])
         sys.exit(f"serving.py: vllm bench {tool.name} ended with {status}; the end of its output:\n{end}")
     # The warm-up's prompt counts too: it is one of the same length.
-    told = {"density": density(prefills(said)), "compiled_while_serving": compiled_while_serving(said)}
+    told = {"density": density(said), "compiled_while_serving": compiled_while_serving(said)}
     return [{**figures, **told} for figures in tool.figures(json.loads(result.read_text()), tokens)]
 
 

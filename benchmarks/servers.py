@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from vllm_s2o.cli.server import Server
-from vllm_s2o.stats import Prefill
+from vllm_s2o.stats import prefills
 
 FLAG = ("--attention-backend", "CUSTOM")
 PROVIDERS = {
@@ -43,13 +43,14 @@ def step_tokens(log: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def density(steps: list[Prefill]) -> float | None:
-    """Of steps together: each counts with its causal pairs. None where there is none."""
-    visited = causal = 0.0
-    for step in steps:
-        pairs = sum(q * (s - q / 2) for q, s in zip(step.query_lens, step.seq_lens, strict=True))
-        visited, causal = visited + pairs * step.density, causal + pairs
-    return round(visited / causal, 3) if causal else None
+def density(log: str, before: int = 0) -> float | None:
+    """Of all steps that a log tells of after its first `before` characters, by their running totals: of steps that
+    follow each other closely only the last one has a line. None where there is none."""
+    steps, earlier = prefills(log), prefills(log[:before])
+    visited, causal = (earlier[-1].visited, earlier[-1].causal) if earlier else (0, 0)
+    if not steps or steps[-1].causal == causal:
+        return None
+    return round((steps[-1].visited - visited) / (steps[-1].causal - causal), 3)
 
 
 SHAPES = {

@@ -31,7 +31,7 @@ class Server:
 
     def ask(self, prompt: str) -> str:
         for density in self.densities.get(prompt, []):
-            line = f"s2o: prefill query={prompt} seq={prompt} density={density:.3f} sparse_layers=2/3 | total"
+            line = f"s2o: prefill query={prompt} seq={prompt} density={density:.3f} sparse_layers=2/3 | total pairs=1/2"
             self.log += f"INFO {line}\n"
         return "It is 12345."
 
@@ -95,11 +95,13 @@ class Bench:
         self.unanswered = 0
         monkeypatch.setattr(record, "describe", lambda: dict(self.environment))
         monkeypatch.setattr(latency, "serve", self.serve)
-        monkeypatch.setattr(latency, "subprocess", SimpleNamespace(run=self.bench_serve))
+        tools = SimpleNamespace(run=self.bench_serve, TimeoutExpired=subprocess.TimeoutExpired)
+        monkeypatch.setattr(latency, "subprocess", tools)
         monkeypatch.setattr(latency, "LOG_INTERVAL", 0)
         monkeypatch.setattr(offline, "run", self.bench_offline)
 
     log, port, name, env = CHUNKS, 1, "model", {}  # of the server
+    visited = causal = 0
 
     def serve(self, *_):
         self.servers += 1
@@ -107,11 +109,15 @@ class Bench:
 
     def steps(self, tokens: int) -> str:
         """Of one prompt, where it is long."""
-        lines = [
-            f"INFO s2o: prefill query={tokens // 2} seq={seq} density={density} sparse_layers=2/2 | total\n"
-            for seq, density in ((tokens // 2, "0.400"), (tokens, "0.100"))
-        ]
-        return "".join(lines) if tokens > 2048 else ""
+        if tokens <= 2048:
+            return ""
+        # Two chunks, of which only the second has a line: its totals hold both.
+        self.visited += tokens**2 // 8 * 4 // 10 + tokens**2 * 3 // 8 // 10
+        self.causal += tokens**2 // 2
+        return (
+            f"INFO s2o: prefill query={tokens // 2} seq={tokens} density=0.100 sparse_layers=2/2 | total steps=9 "
+            f"tokens=9 density=0.999 pairs={self.visited}/{self.causal}\n"
+        )
 
     def bench_serve(self, command, **_):
         self.commands.append(command)
@@ -132,6 +138,7 @@ class Bench:
         else:
             tokens, asked = option(command, "--random-input-len"), int(option(command, "--num-prompts"))
             figures = {"num_requests": asked, "elapsed_time": 2.0, "tokens_per_second": 9.5}
+        self.visited = self.causal = 0  # a process of its own
         log.write_text(CHUNKS + self.steps(int(tokens)))
         Path(option(command, "--output-json")).write_text(json.dumps(figures))
         return 0
@@ -357,6 +364,16 @@ def test_an_interrupted_command_keeps_what_it_measured(bench):
         ("s2o", "2000", "1"), ("flash_attn", "32768", "1"),
     ]  # fmt: skip
     assert [*json.loads(bench.out.read_text())["providers"]] == ["flash_attn", "s2o"]
+
+
+def test_a_run_that_does_not_end_is_given_up(bench):
+    def endless(command, **options):
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    bench.patch.setattr(latency.subprocess, "run", endless)
+    with pytest.raises(SystemExit) as caught:
+        bench.run("latency", "--providers s2o")
+    assert caught.value.code == "serving.py: vllm bench serve did not end in 500 s with prompts of 32768 tokens."
 
 
 def test_requests_without_an_answer_are_no_result(bench):

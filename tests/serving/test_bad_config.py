@@ -76,7 +76,7 @@ def ended(model, log_dir):
     for name in AMBIGUOUS:
         path = [str(checkout_with_a_second_file(log_dir / name)), os.environ.get("PYTHONPATH", "")]
         add(name, env={"PYTHONPATH": os.pathsep.join(filter(None, path))})
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), 2)) as pool:
         return dict(zip(cases, pool.map(run, cases.values()), strict=True))
 
 

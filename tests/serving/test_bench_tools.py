@@ -90,7 +90,9 @@ def test_a_benchmark_that_is_told_to_stop_takes_its_server_along(tmp_path):
             time.sleep(0.1)
         servers = psutil.Process(process.pid).children(recursive=True)
         process.terminate()
-        assert process.stderr.read().splitlines()[-1] == "serving.py: told to stop; what was measured is written."
+        assert process.stderr.read().splitlines()[-1] == (
+            "serving.py: told to stop; speeds measured before are written, needles are not."
+        )
     assert process.returncode == 1
     assert servers
     assert not psutil.wait_procs(servers, timeout=10)[1]
