@@ -52,11 +52,15 @@ serve: $(INSTALLED) $(if $(OURS),$(SMOLLM2)/prepared.txt) ## serve a model with 
 serve-command:
 	@:$(info $(SERVE))
 
+# One process has the servers: of two cores vLLM computes on one and keeps the other free, which takes the other
+# process with Triton's interpreter. On a GPU, tests of one would take memory while a server of the other measures it.
+PARALLEL = $(if $(GPU),,--numprocesses 2)
+
 test: $(INSTALLED) $(SMOLLM2)/prepared.txt ## run all tests
-	@.venv/bin/pytest
+	@.venv/bin/pytest $(PARALLEL)
 
 test-fast: $(INSTALLED) ## run the tests that start no server
-	@.venv/bin/pytest -m "not serving"
+	@.venv/bin/pytest $(PARALLEL) -m "not serving"
 
 bench: bench-attention bench-serving ## on a GPU: both benchmarks, into benchmarks/results/
 
@@ -73,6 +77,7 @@ BENCHED = $(SMOLLM2) --shape llama-3.1-8b --tokens 32768 131072 --providers s2o_
 bench-serving: needs-gpu $(SMOLLM2)/prepared.txt ## whole servers and engines, S2O and FLASH_ATTN
 	@unset PYTHONSAFEPATH
 	.venv/bin/python benchmarks/serving.py latency $(BENCHED) --concurrency 1 8 --prompts 3 --also short decode
+	.venv/bin/python benchmarks/serving.py ttft $(BENCHED) --add
 	.venv/bin/python benchmarks/serving.py throughput $(BENCHED) --prompts 8 --add
 
 needs-gpu:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from record import Record
-from servers import PROVIDERS, compiled_while_serving, density, model_and_args, our_lines, room, serve
+from servers import PROVIDERS, compiled_while_serving, density, model_and_args, our_lines, room, serve, step_tokens
 
 from vllm_s2o.cli.server import Server, bench_command
-from vllm_s2o.stats import LOG_INTERVAL, prefills
+from vllm_s2o.stats import LOG_INTERVAL
 
 TOOL = "bench serve"
 FIGURES = (
@@ -22,6 +22,8 @@ FIGURES = (
     "total_token_throughput",
 )  # fmt: skip
 OUTPUT_TOKENS = 16
+SECONDS = 500
+"""After which a run is given up."""
 
 
 class Load(NamedTuple):
@@ -63,7 +65,10 @@ def bench(server: Server, model: str, load: Load, directory: Path) -> dict[str, 
     command += ["--num-prompts", str(load.prompts), "--max-concurrency", str(load.concurrency), "--seed", "1"]
     command += ["--num-warmups", str(load.warmups), "--save-result", "--result-dir", str(directory)]
     command += ["--result-filename", result.name]
-    done = subprocess.run(command, capture_output=True, text=True, env=server.env, timeout=500)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=server.env, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        sys.exit(f"serving.py: vllm bench serve did not end in {SECONDS} s with prompts of {load.prompt_len} tokens.")
     if done.returncode:
         raise RuntimeError(f"vllm bench serve failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     time.sleep(2 * LOG_INTERVAL)  # lines are held back: the last one must not count with the next run
@@ -76,7 +81,7 @@ def bench(server: Server, model: str, load: Load, directory: Path) -> dict[str, 
     log = server.log[before:]
     return {
         **{name: figures[name] for name in FIGURES if name in figures},
-        "density": density(prefills(log)),
+        "density": density(server.log, before),
         "compiled_while_serving": compiled_while_serving(log),
     }
 
@@ -91,8 +96,8 @@ def latency(options: argparse.Namespace, record: Record, logs: Path) -> None:
                     found = bench(server, model, load, logs)
                     repeats.append(found)
                     asked = {"prompt_len": load.prompt_len, "output_len": load.output_len}
-                    run = {"tool": TOOL, **asked, "concurrency": load.concurrency, "repeats": repeats}
-                    record.put(name, run, our_lines(server.log))
+                    asked |= {"concurrency": load.concurrency, "max_num_batched_tokens": step_tokens(server.log)}
+                    record.put(name, {"tool": TOOL, **asked, "repeats": repeats}, our_lines(server.log))
                     print(
                         f"{name}: {load.prompt_len} tokens in, {load.output_len} out, concurrency {load.concurrency}: "
                         f"median TTFT {found['median_ttft_ms']:.1f} ms, TPOT {found['median_tpot_ms']:.3f} ms, "

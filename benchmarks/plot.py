@@ -42,11 +42,15 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
     x = [int(row["seq_len"]) for row in ours]
     time.plot(x, [float(row["ms_p50"]) for row in ours], "o", color=COLOURS["s2o"], label=LABELS["s2o"])
     for name in ("fa3_paged", "fa2"):
-        times = [float(row[f"vs_{name}"]) for row in ours]
-        speed.plot(x, times, "o", color=COLOURS[name], label=f"against {LABELS[name]}")
+        beside = [row for row in ours if row[f"vs_{name}"]]  # where that kernel ran
+        times = [float(row[f"vs_{name}"]) for row in beside]
+        at = [int(row["seq_len"]) for row in beside]
+        speed.plot(at, times, "o", color=COLOURS[name], label=f"against {LABELS[name]}")
     for row in ours:
         share = f"{float(row['density']):.0%}"
         for axes, column in ((time, "ms_p50"), (speed, "vs_fa3_paged")):
+            if not row[column]:
+                continue
             at = (int(row["seq_len"]), float(row[column]))
             axes.annotate(share, at, xytext=(6, -3), textcoords="offset points", fontsize=8, color=COLOURS["s2o"])
         at = (float(row["density"]), float(row["rel_error"]))

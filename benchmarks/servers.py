@@ -1,17 +1,19 @@
 """What the benchmarks of whole servers share: their flags, models without weights, and what a log tells."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
 from vllm_s2o.cli.server import Server
-from vllm_s2o.stats import Prefill
+from vllm_s2o.stats import prefills
 
 FLAG = ("--attention-backend", "CUSTOM")
 PROVIDERS = {
     "s2o": [*FLAG],
     # Random weights attend to everything alike: a fixed share of the history shows what sparse prefill would cost.
+    # Every layer visits it where the model's file keeps none dense, as Llama's does; no override here undoes a file's.
     "s2o_budget_10": [*FLAG, "--additional-config", '{"s2o": {"budget": 0.1}}'],
     "flash_attn": ["--attention-backend", "FLASH_ATTN"],
 }
@@ -34,13 +36,21 @@ def compiled_while_serving(log: str) -> list[str]:
     return [line for line in log.splitlines() if " during inference: " in line]
 
 
-def density(steps: list[Prefill]) -> float | None:
-    """Of steps together: each counts with its causal pairs. None where there is none."""
-    visited = causal = 0.0
-    for step in steps:
-        pairs = sum(q * (s - q / 2) for q, s in zip(step.query_lens, step.seq_lens, strict=True))
-        visited, causal = visited + pairs * step.density, causal + pairs
-    return round(visited / causal, 3) if causal else None
+def step_tokens(log: str) -> int | None:
+    """The most tokens that one step of an engine takes, and so the chunks of a long prompt; None where vLLM does not
+    say. Its default differs between servers and engines without one."""
+    found = re.search(r"Chunked prefill is enabled with max_num_batched_tokens=(\d+)", log)
+    return int(found[1]) if found else None
+
+
+def density(log: str, before: int = 0) -> float | None:
+    """Of all steps that a log tells of after its first `before` characters, by their running totals: of steps that
+    follow each other closely only the last one has a line. None where there is none."""
+    steps, earlier = prefills(log), prefills(log[:before])
+    visited, causal = (earlier[-1].visited, earlier[-1].causal) if earlier else (0, 0)
+    if not steps or steps[-1].causal == causal:
+        return None
+    return round((steps[-1].visited - visited) / (steps[-1].causal - causal), 3)
 
 
 SHAPES = {

@@ -3,6 +3,7 @@
 
     python benchmarks/serving.py needles MODEL --out RESULT.json [--like OTHER.json]
     python benchmarks/serving.py latency MODEL --out RESULT.json [--tokens 32768] [--shape llama-3.1-8b]
+    python benchmarks/serving.py ttft MODEL --out RESULT.json --add [--tokens 32768] [--shape llama-3.1-8b]
     python benchmarks/serving.py throughput MODEL --out RESULT.json --add [--tokens 32768] [--shape llama-3.1-8b]
 
 `needles` asks a served model for numbers hidden in prompts of 1K to 7.8K tokens, with and without S2O, and fails where
@@ -10,8 +11,14 @@ a long one was not sparse; `--like` compares the answers with those of another m
 
 `latency` serves a model with S2O and with FLASH_ATTN, one after the other, and runs `vllm bench serve` with the same
 prompts against both: long ones, of each length and at each concurrency, and, named by `--also`, short prompts and long
-answers, which S2O leaves to vLLM's own attention. `throughput` gives long prompts to `vllm bench throughput`, all at
-once. Both take `--shape`, a large model's dimensions with random weights and only the tokenizer of MODEL, and write
+answers, which S2O leaves to vLLM's own attention.
+
+A server's clients send text, and to tokenise a long prompt takes about a second for any attention. `ttft` gives token
+numbers to an engine without a server instead, one prompt after the other with one token of answer, by `vllm bench
+latency`. `throughput` gives long prompts to `vllm bench throughput`, all at once. Both start an engine for each length
+and provider.
+
+All three take `--shape`, a large model's dimensions with random weights and only the tokenizer of MODEL, and write
 after every run. `--add` lets several commands make one result: it keeps what the file holds, replaces what is measured
 again, and refuses a file that was made under other conditions. In the table a density is empty where no prompt was long
 enough for S2O, and spreads are the largest difference between repetitions, in percent of their median.
@@ -29,13 +36,14 @@ from pathlib import Path
 
 from latency import ALSO, latency
 from needles import needles
+from offline import offline
 from record import Record
 from servers import PROVIDERS, SHAPES
-from throughput import throughput
 
 from vllm_s2o.cli.environment import describe
 
 TOKENS = 32768
+STARTS = "Each length and provider is an engine's start of its own, which takes minutes for a large model."
 
 
 def whole(text: str) -> int:
@@ -66,7 +74,10 @@ def parser() -> argparse.ArgumentParser:
     asked.add_argument("--concurrency", type=whole, nargs="+", default=[1], help="long prompts at a time")
     asked.add_argument("--prompts", type=whole, default=5, help="long prompts of a run, at least the concurrency")
     asked.add_argument("--also", nargs="+", choices=ALSO, default=[], help="and these; without --tokens, only these")
-    asked = commands.add_parser("throughput", parents=[every, speed])
+    asked = commands.add_parser("ttft", parents=[every, speed], description=STARTS)
+    asked.add_argument("--repeats", type=whole, default=3, help="how often a prompt is measured, after a warm-up")
+    asked.set_defaults(also=[])
+    asked = commands.add_parser("throughput", parents=[every, speed], description=STARTS)
     asked.add_argument("--prompts", type=whole, default=5, help="prompts of a run")
     asked.set_defaults(also=[])
     return found
@@ -98,10 +109,11 @@ def main() -> None:
         else:
             conditions |= {"model": options.shape or conditions["model"], "shape": options.shape}
             record = Record(options.out, options.table, conditions, options.add)
-            {"latency": latency, "throughput": throughput}[options.what](options, record, logs)
+            {"latency": latency, "ttft": offline, "throughput": offline}[options.what](options, record, logs)
 
 
 if __name__ == "__main__":
     # A server would outlive this program, and hold the GPU's memory, if a time limit just ended it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("serving.py: told to stop; what was measured is written."))
+    said = "serving.py: told to stop; speeds measured before are written, needles are not."
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(said))
     main()

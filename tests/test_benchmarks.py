@@ -11,12 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from bench_modules import latency, main, needles, record, throughput
+from bench_modules import latency, main, needles, offline, record, servers
 from processes import ROOT
 
+from vllm_s2o.config import ModelTraits, load_config
 from vllm_s2o.quality.needles import Needle
 
 NEEDLES = [Needle(f"{length} tokens, depth 50%", str(length), "12345") for length in (1000, 4000, 7800)]
+CHUNKS = "INFO Chunked prefill is enabled with max_num_batched_tokens=8192.\n"
 ENVIRONMENT = {"machine": "GPU", "date": "2026-01-01", "commit": "abc", "changed": False, "vllm": "0.32.0"}
 
 
@@ -29,7 +31,7 @@ class Server:
 
     def ask(self, prompt: str) -> str:
         for density in self.densities.get(prompt, []):
-            line = f"s2o: prefill query={prompt} seq={prompt} density={density:.3f} sparse_layers=2/3 | total"
+            line = f"s2o: prefill query={prompt} seq={prompt} density={density:.3f} sparse_layers=2/3 | total pairs=1/2"
             self.log += f"INFO {line}\n"
         return "It is 12345."
 
@@ -86,14 +88,20 @@ class Bench:
         self.servers = 0
         self.ttfts: list[float] = []
         """Medians to come; 12.34 afterwards."""
+        self.latencies = [2.0]
+        """Seconds that `vllm bench latency` measures."""
+        self.status: dict[str, int] = {}
+        """Of the tools without a server, by the attention backend."""
         self.unanswered = 0
         monkeypatch.setattr(record, "describe", lambda: dict(self.environment))
         monkeypatch.setattr(latency, "serve", self.serve)
-        monkeypatch.setattr(latency, "subprocess", SimpleNamespace(run=self.bench_serve))
+        tools = SimpleNamespace(run=self.bench_serve, TimeoutExpired=subprocess.TimeoutExpired)
+        monkeypatch.setattr(latency, "subprocess", tools)
         monkeypatch.setattr(latency, "LOG_INTERVAL", 0)
-        monkeypatch.setattr(throughput, "run", self.bench_throughput)
+        monkeypatch.setattr(offline, "run", self.bench_offline)
 
-    log, port, name, env = "", 1, "model", {}  # of the server
+    log, port, name, env = CHUNKS, 1, "model", {}  # of the server
+    visited = causal = 0
 
     def serve(self, *_):
         self.servers += 1
@@ -101,11 +109,15 @@ class Bench:
 
     def steps(self, tokens: int) -> str:
         """Of one prompt, where it is long."""
-        lines = [
-            f"INFO s2o: prefill query={tokens // 2} seq={seq} density={density} sparse_layers=2/2 | total\n"
-            for seq, density in ((tokens // 2, "0.400"), (tokens, "0.100"))
-        ]
-        return "".join(lines) if tokens > 2048 else ""
+        if tokens <= 2048:
+            return ""
+        # Two chunks, of which only the second has a line: its totals hold both.
+        self.visited += tokens**2 // 8 * 4 // 10 + tokens**2 * 3 // 8 // 10
+        self.causal += tokens**2 // 2
+        return (
+            f"INFO s2o: prefill query={tokens // 2} seq={tokens} density=0.100 sparse_layers=2/2 | total steps=9 "
+            f"tokens=9 density=0.999 pairs={self.visited}/{self.causal}\n"
+        )
 
     def bench_serve(self, command, **_):
         self.commands.append(command)
@@ -116,10 +128,18 @@ class Bench:
         (Path(option(command, "--result-dir")) / option(command, "--result-filename")).write_text(json.dumps(figures))
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    def bench_throughput(self, command, log):
+    def bench_offline(self, command, log):
         self.commands.append(command)
-        log.write_text(self.steps(int(option(command, "--random-input-len"))))
-        figures = {"num_requests": int(option(command, "--num-prompts")), "elapsed_time": 2.0, "tokens_per_second": 9.5}
+        if status := self.status.get(option(command, "--attention-backend"), 0):
+            log.write_text("".join(f"line {number}\n" for number in range(1, 51)))
+            return status
+        if "--num-iters" in command:
+            tokens, figures = option(command, "--input-len"), {"avg_latency": 9.9, "latencies": self.latencies}
+        else:
+            tokens, asked = option(command, "--random-input-len"), int(option(command, "--num-prompts"))
+            figures = {"num_requests": asked, "elapsed_time": 2.0, "tokens_per_second": 9.5}
+        self.visited = self.causal = 0  # a process of its own
+        log.write_text(CHUNKS + self.steps(int(tokens)))
         Path(option(command, "--output-json")).write_text(json.dumps(figures))
         return 0
 
@@ -129,6 +149,14 @@ class Bench:
         self.patch.setattr(sys, "argv", ["serving.py", what, "model", *shlex.split(arguments), *files])
         main.main()
         return self.rows()
+
+    def tokenizer(self) -> None:
+        """Give MODEL what --shape takes of it."""
+        self.patch.chdir(self.directory)
+        model = self.directory / "model"
+        model.mkdir()
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (model / name).write_text("{}")
 
     def rows(self) -> list[dict[str, str]]:
         return list(csv.DictReader(self.table.open(newline="")))
@@ -180,15 +208,83 @@ def test_throughput_gives_all_prompts_at_once(bench):
     assert not bench.servers
 
 
+def test_ttft_takes_every_iteration_for_a_repetition(bench):
+    """The time to the first token is all that an answer of one token takes."""
+    bench.latencies = [2.0, 2.5, 1.6]
+    rows = bench.run("ttft", "--tokens 3000 4000 --providers s2o_budget_10 flash_attn --repeats 3")
+    same = {
+        "tool": "bench latency", "output_len": "1", "concurrency": "1", "prompts": "1", "repeats": "3",
+        "ttft_ms_p50": "2000.0", "ttft_spread_pct": "45.00", "tpot_ms_p50": "", "tpot_spread_pct": "",
+    }  # fmt: skip
+    assert [row.items() & same.items() for row in rows] == [same.items()] * 4
+    # 1,200 to 1,875 tokens a second at 3,000 tokens.
+    assert columns(rows, "prompt_len", "backend", "tokens_per_s", "tokens_per_s_spread_pct", "density") == [
+        ("3000", "flash_attn", "1500.0", "45.00", "0.175"), ("3000", "s2o_budget_10", "1500.0", "45.00", "0.175"),
+        ("4000", "flash_attn", "2000.0", "45.00", "0.175"), ("4000", "s2o_budget_10", "2000.0", "45.00", "0.175"),
+    ]  # fmt: skip
+    names = ("--input-len", "--attention-backend")
+    assert [tuple(option(command, name) for name in names) for command in bench.commands] == [
+        ("3000", "CUSTOM"), ("3000", "FLASH_ATTN"), ("4000", "CUSTOM"), ("4000", "FLASH_ATTN"),
+    ], "cut off, it leaves pairs"  # fmt: skip
+    asked = ("--output-len", "--batch-size", "--num-iters-warmup", "--num-iters")
+    assert [[option(command, name) for name in asked] for command in bench.commands] == [["1", "1", "1", "3"]] * 4
+    assert {"--disable-detokenize", "--no-enable-prefix-caching"} <= set(bench.commands[0])
+    assert not bench.servers
+
+
+def test_ttft_leaves_room_for_its_one_token(bench):
+    bench.tokenizer()
+    rows = bench.run("ttft", "--shape llama-3.1-8b --tokens 32768 131072 --providers flash_attn")
+    assert columns(rows, "model", "prompt_len") == [("llama-3.1-8b", "32768"), ("llama-3.1-8b", "131071")]
+    assert option(bench.commands[1], "--input-len") == "131071"
+
+
+@pytest.mark.parametrize("what", ["latency", "ttft", "throughput"])
+@pytest.mark.parametrize("log, tokens", [(CHUNKS, 8192), ("INFO nothing of it\n", None)], ids=["said", "not said"])
+def test_the_file_holds_the_size_of_chunks(bench, monkeypatch, what, log, tokens):
+    monkeypatch.setattr(sys.modules[__name__], "CHUNKS", log)
+    bench.log = log
+    bench.run(what, "--providers s2o")
+    (run,) = json.loads(bench.out.read_text())["providers"]["s2o"]["runs"]
+    assert run["max_num_batched_tokens"] == tokens
+
+
+@pytest.mark.parametrize("what, tool", [("ttft", "latency"), ("throughput", "throughput")])
+def test_a_tool_that_fails_shows_the_end_of_its_output(bench, what, tool):
+    """What was measured before stays."""
+    bench.status = {"FLASH_ATTN": 3}
+    with pytest.raises(SystemExit) as caught:
+        bench.run(what, "--providers s2o flash_attn")
+    said, *end = caught.value.code.splitlines()
+    assert said == f"serving.py: vllm bench {tool} ended with 3; the end of its output:"
+    assert end == [f"line {number}" for number in range(11, 51)]
+    assert columns(bench.rows(), "backend", "tool") == [("s2o", f"bench {tool}")]
+
+
+def test_a_tenth_is_every_layers():
+    """One dense layer among 32 would cost what ten of the others do."""
+    shape = servers.SHAPES["llama-3.1-8b"]
+    names = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    traits = ModelTraits("llama-3.1-8b", *shape["architectures"], *(shape[name] for name in names))
+    given = json.loads(option(servers.PROVIDERS["s2o_budget_10"], "--additional-config"))["s2o"]
+    config = load_config(traits, given)
+    assert config.source == "llama-3.1-8b-instruct.yaml"
+    assert [layer and layer.budget for layer in map(config.layer, range(32))] == [0.1] * 32
+
+
 def test_commands_add_up(bench):
     """Also over days: each row has its own."""
     bench.run("latency", "--tokens 3000 --concurrency 1 8 --providers s2o")
     bench.environment["date"] = "2026-01-02"
     bench.run("latency", "--tokens 4000 --providers s2o --add")
     bench.run("throughput", "--tokens 3000 --providers s2o --add")
+    bench.run("ttft", "--tokens 3000 --providers s2o --add")
+    bench.latencies = [1.0]
+    bench.run("ttft", "--tokens 3000 --providers s2o --add")
     bench.ttfts = [99.0]
     rows = bench.run("latency", "--tokens 3000 --concurrency 8 --providers s2o flash_attn --add")
     assert columns(rows, "tool", "prompt_len", "concurrency", "backend", "date", "ttft_ms_p50") == [
+        ("bench latency", "3000", "1", "s2o", "2026-01-02", "1000.0"),
         ("bench serve", "3000", "1", "s2o", "2026-01-01", "12.3"),
         ("bench serve", "3000", "8", "flash_attn", "2026-01-02", "12.3"),
         ("bench serve", "3000", "8", "s2o", "2026-01-02", "99.0"),
@@ -224,11 +320,7 @@ def test_a_mixture_is_refused(bench, name, value, arguments):
 
 
 def test_another_shape_is_refused(bench):
-    bench.patch.chdir(bench.directory)
-    model = bench.directory / "model"
-    model.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (model / name).write_text("{}")
+    bench.tokenizer()
     rows = bench.run("latency", "--shape llama-3.1-8b --tokens 131072 --providers s2o")
     assert columns(rows, "model", "prompt_len") == [("llama-3.1-8b", "131056")], "the answer must fit in as well"
     with pytest.raises(SystemExit, match=r"\(model llama-3.1-8b, here model; shape llama-3.1-8b, here None\)"):
@@ -246,7 +338,7 @@ def test_a_file_of_another_kind_is_not_added_to(bench, held):
     with pytest.raises(SystemExit) as caught:
         bench.run("throughput", "--add")
     assert caught.value.code == (
-        f"serving.py: {bench.out} cannot be added to, for it holds no results of latency or throughput."
+        f"serving.py: {bench.out} cannot be added to, for it holds no results of latency, ttft or throughput."
     )
     assert (bench.commands, bench.out.read_text()) == ([], held)
 
@@ -274,6 +366,16 @@ def test_an_interrupted_command_keeps_what_it_measured(bench):
     assert [*json.loads(bench.out.read_text())["providers"]] == ["flash_attn", "s2o"]
 
 
+def test_a_run_that_does_not_end_is_given_up(bench):
+    def endless(command, **options):
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    bench.patch.setattr(latency.subprocess, "run", endless)
+    with pytest.raises(SystemExit) as caught:
+        bench.run("latency", "--providers s2o")
+    assert caught.value.code == "serving.py: vllm bench serve did not end in 500 s with prompts of 32768 tokens."
+
+
 def test_requests_without_an_answer_are_no_result(bench):
     bench.unanswered = 2
     with pytest.raises(SystemExit) as caught:
@@ -289,6 +391,7 @@ def test_requests_without_an_answer_are_no_result(bench):
     [
         ("latency --tokens 0", "argument --tokens: '0' is not a whole number above 0"),
         ("latency --prompts few", "argument --prompts: 'few' is not a whole number above 0"),
+        ("ttft --repeats 0", "argument --repeats: '0' is not a whole number above 0"),
         ("throughput --shape llama-3.1-8b --tokens 200000", "llama-3.1-8b takes 131072 at most, not 200000"),
         ("throughput --also decode", "unrecognized arguments: --also decode"),
         ("needles --add", "unrecognized arguments: --add"),
@@ -310,11 +413,11 @@ def test_a_shape_needs_a_tokenizer(bench):
 
 def test_a_run_that_is_given_up_leaves_no_process(monkeypatch, tmp_path):
     """vLLM's engine is a process of its own, and would keep the GPU's memory."""
-    monkeypatch.setattr(throughput, "SECONDS", 5)
+    monkeypatch.setattr(offline, "SECONDS", 5)
     child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     log = tmp_path / "log"
-    assert throughput.run([sys.executable, "-c", parent], log) == "no result after 5 s"
+    assert offline.run([sys.executable, "-c", parent], log) == "no result after 5 s"
     # One that has ended, and that nothing has waited for yet, has an empty command line.
     left = Path(f"/proc/{int(log.read_text())}/cmdline")
     deadline = time.monotonic() + 10
@@ -323,18 +426,17 @@ def test_a_run_that_is_given_up_leaves_no_process(monkeypatch, tmp_path):
     assert not alive
 
 
-def test_make_bench_measures_both_backends_by_both_tools(bench):
+def test_make_bench_measures_both_backends_by_every_tool(bench):
     """What the Makefile asks for is understood, and makes one table."""
     told = subprocess.run(["make", "-n", "GPU=yes", "bench-serving"], cwd=ROOT, capture_output=True, text=True)
     commands = [shlex.split(line) for line in told.stdout.splitlines() if "benchmarks/serving.py" in line]
-    assert [command[2] for command in commands] == ["latency", "throughput"]
-    assert "--add" not in commands[0]
-    assert "--add" in commands[1]
+    assert [command[2] for command in commands] == ["latency", "ttft", "throughput"]
+    assert ["--add" in command for command in commands] == [False, True, True]
     files = [[option(command, name) for name in ("--out", "--table", "--shape")] for command in commands]
-    assert files[0] == files[1]
+    assert files[0] == files[1] == files[2]
     for command in commands:
         bench.patch.setattr(sys, "argv", command[1:])
         options = main.parse()
         assert options.tokens == [32768, 131072]
         assert options.providers == ["s2o_budget_10", "flash_attn"]
-        assert options.what == "throughput" or (options.concurrency, options.also) == ([1, 8], ["short", "decode"])
+        assert options.what != "latency" or (options.concurrency, options.also) == ([1, 8], ["short", "decode"])

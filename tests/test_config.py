@@ -278,7 +278,7 @@ def test_a_budget_over_a_files_thresholds(write):
     config = load_config(OTHER, {"config": path, "budget": 0.25})
     assert (config.params.budget, config.layer(0), config.layer(1).budget) == (0.25, None, 0.25)
     assert "threshold" not in config.describe()[1]
-    assert "layers: 1 dense" in config.describe()[1]
+    assert "1 of 4 layers dense" in config.describe()[1]
     assert load_config(OTHER, {"config": path, "budget": None, "threshold": 0.3}).params == S2OParams(threshold=0.3)
 
 
@@ -339,14 +339,16 @@ def test_heads_of_a_dense_layer():
 def test_describe_the_shipped_file():
     source, values = load_config(SMOLLM2).describe()
     assert_names(source, "smollm2-135m-instruct.yaml", "matched by name", "not calibrated", "chosen by hand")
-    assert_names(values, "threshold=0.02 ", "segment_len=256", "min_seq_len=2048", "min_query_len=128", "1 dense")
+    assert_names(values, "threshold=0.02 ", "segment_len=256", "min_seq_len=2048", "min_query_len=128")
+    assert "1 of 30 layers dense" in values
 
 
 def test_describe_overrides():
     layers = [{"layers": "0-1", "threshold": "dense"}, {"layers": 3, "threshold": 0.05}]
     source, values, overridden = load_config(OTHER, {"min_seq_len": 7, "layers": layers}).describe()
     assert "no file matches" in source
-    assert_names(values, "threshold=0.02..0.05", "min_seq_len=7", "1 with thresholds of their own", "2 dense")
+    assert_names(values, "threshold=0.02..0.05", "min_seq_len=7", "2 of 4 layers dense")
+    assert "1 of 4 layers have thresholds of their own" in values
     assert_names(overridden, OPTION, "layers", "min_seq_len")
 
 
@@ -357,7 +359,8 @@ def test_describe_warns_of_a_budget():
 
 
 def test_describe_a_model_that_is_all_dense():
-    assert "4 dense" in load_config(OTHER, {"layers": [{"layers": "0-3", "threshold": "dense"}]}).describe()[1]
+    config = load_config(OTHER, {"layers": [{"layers": "0-3", "threshold": "dense"}]})
+    assert "4 of 4 layers dense" in config.describe()[1]
 
 
 def test_digest(write):

@@ -385,6 +385,11 @@ def _check(query, key_cache, value_cache, block_table, query_start_loc, seq_lens
 
 def _check_params(params: S2OParams, num_heads: int) -> None:
     _require(isinstance(params, S2OParams), f"params must be an S2OParams, got {type(params).__name__}")
+    # A copy of a model with other values is not validated, and kernels count on this.
+    _require(
+        params.segment_len % params.tile_size == 0,
+        f"segment_len={params.segment_len} must be a multiple of tile_size={params.tile_size}",
+    )
     try:
         params.thresholds(num_heads)
     except ValueError as error:

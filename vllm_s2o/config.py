@@ -86,7 +86,7 @@ class ResolvedConfig:
         changed = sum(layer != params for layer in sparse)
         values = "calibrated" if self.calibrated else "not calibrated"
         stop = f"threshold={threshold_range(sparse or [params])}"
-        own = f"{changed} with thresholds of their own, "
+        own = f", {changed} of {len(layers)} layers have thresholds of their own"
         if params.budget is not None:  # thresholds count for nothing then
             stop, own = f"budget={params.budget:g} (WARNING: no stop rule, for benchmarks only)", ""
         min_query = f"min_query_len={min_query_len or self.min_query_len}"
@@ -96,7 +96,7 @@ class ResolvedConfig:
             f"config {self.source} ({_FOUND[self.matched]}; {values}: {self.provenance})",
             f"{stop} segment_len={params.segment_len} "
             f"min_seq_len={self.min_seq_len} {min_query} "
-            f"layers: {own}{layers.count(None)} dense",
+            f"{layers.count(None)} of {len(layers)} layers dense{own}",
         ]
         overridden = sorted(name for name, origin in self.origins.items() if ADDITIONAL in origin)
         if overridden:

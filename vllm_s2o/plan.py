@@ -147,9 +147,10 @@ def make_plan(
         seqs: the rows to attend here; all by default.
     """
     chosen = tuple(range(len(query_lens)) if seqs is None else seqs)
+    attended = frozenset(chosen)  # looked up once per row
     row, segments = 0, []
     for seq, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
-        if seq in chosen:
+        if seq in attended:
             segments += split_segments(seq, row, query_len, seq_len, segment_len)
         row += query_len
     if budget is not None:
@@ -174,7 +175,7 @@ def make_plan(
     if batch:
         waves.append(_wave(batch, used, tile_size, by_position))
     pairs = tuple(
-        causal_pairs(q, s) if i in chosen else 0 for i, (q, s) in enumerate(zip(query_lens, seq_lens, strict=True))
+        causal_pairs(q, s) if i in attended else 0 for i, (q, s) in enumerate(zip(query_lens, seq_lens, strict=True))
     )
     return StepPlan(tuple(waves), chosen, len(query_lens), pairs)
 

@@ -119,7 +119,8 @@ class Reporter:
         line = (
             f"s2o: prefill query={_numbers(step.query_lens)} seq={_numbers(step.seq_lens)} "
             f"density={density(visited, causal):.3f} sparse_layers={step.sparse}/{step.num_layers} | "
-            f"total steps={totals.steps} tokens={totals.tokens} density={totals.density:.3f}"
+            f"total steps={totals.steps} tokens={totals.tokens} density={totals.density:.3f} "
+            f"pairs={totals.visited}/{totals.causal}"
         )
         with self._lock:
             self._held = line
@@ -150,15 +151,20 @@ class Prefill(NamedTuple):
     density: float
     sparse_layers: int
     num_layers: int
+    visited: int
+    causal: int
+    """Pairs of all steps so far, those that were not logged too."""
 
 
-_LINE = re.compile(r"s2o: prefill query=(\S+) seq=(\S+) density=([0-9.]+) sparse_layers=(\d+)/(\d+)")
+_LINE = re.compile(
+    r"s2o: prefill query=(\S+) seq=(\S+) density=([0-9.]+) sparse_layers=(\d+)/(\d+) \|.* pairs=(\d+)/(\d+)"
+)
 
 
 def prefills(log: str) -> list[Prefill]:
     """The steps that a server's log tells of."""
     found = []
-    for query, seq, density, sparse, layers in _LINE.findall(log):
+    for query, seq, density, *numbers in _LINE.findall(log):
         lengths = (tuple(int(n) for n in re.findall(r"\d+", text)) for text in (query, seq))
-        found.append(Prefill(*lengths, float(density), int(sparse), int(layers)))
+        found.append(Prefill(*lengths, float(density), *map(int, numbers)))
     return found

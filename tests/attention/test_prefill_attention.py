@@ -301,6 +301,10 @@ def bad(change, message):
         bad(lambda c: {"seq_lens": c.seq_lens - 30}, "the length must lie between"),
         bad(lambda c: {"seq_lens": c.seq_lens + 999}, "the length must lie between"),
         bad(lambda c: {"out": c.query.half()}, "out must be"),
+        bad(
+            lambda c: {"params": DENSE.model_copy(update={"segment_len": 48})},
+            "segment_len=48 must be a multiple of tile_size=32",
+        ),
         bad(lambda c: {"out": strided(c.query)}, "out's last dimension must be dense"),
     ],
 )

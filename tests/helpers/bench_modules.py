@@ -11,9 +11,9 @@ sys.path.insert(0, str(FOLDER))
 try:
     import latency
     import needles
+    import offline
     import record
     import servers
-    import throughput
 
     # Under a name of its own: the tests have a helper named serving.
     spec = importlib.util.spec_from_file_location("benchmarks_serving", FOLDER / "serving.py")
@@ -22,4 +22,4 @@ try:
 finally:
     sys.path.remove(str(FOLDER))
 
-__all__ = ["latency", "main", "needles", "record", "servers", "throughput"]
+__all__ = ["latency", "main", "needles", "offline", "record", "servers"]

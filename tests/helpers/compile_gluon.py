@@ -15,14 +15,14 @@ POINTERS = {
 """The other capitalised arguments are tables of int32."""
 
 
-def compile_for_hopper(kernel, constants: dict, **options) -> int:
+def compile_for_hopper(kernel, constants: dict, dtype: str = "bf16", **options) -> int:
     names = kernel.arg_names
     signature, attributes = {}, {}
     for at, name in enumerate(names):
         if name in constants:
             signature[name] = "constexpr"
         elif name[0].isupper():
-            signature[name] = POINTERS.get(name, "*i32")
+            signature[name] = POINTERS.get(name, "*i32").replace("bf16", dtype)
             attributes[(at,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
@@ -42,6 +42,9 @@ def main() -> None:
         STAGES=launch.num_stages, VISIT_REGISTERS=launch.visit_registers, GATHER_REGISTERS=launch.gather_registers,
     )  # fmt: skip
     print("attend", compile_for_hopper(hopper._attend, attend, num_warps=4, maxnreg=168))
+    # Everything that the kernel does otherwise for other problems, at once.
+    attend |= dict(D=64, HALVES=1, WORST_ROW=False)
+    print("attend_other", compile_for_hopper(hopper._attend, attend, "fp16", num_warps=4, maxnreg=248))
     sort = dict(BLOCK=32 * vote.ROUNDS, CLASSES=vote.CLASSES)
     print("count", compile_for_hopper(vote.count, dict(BLOCKS=4, **sort), num_warps=1))
     print("place", compile_for_hopper(vote.place, dict(PAGE=16, **sort), num_warps=1))

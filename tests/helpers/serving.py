@@ -28,11 +28,15 @@ S2O = ("--attention-backend", "CUSTOM")
 EXACT = not CUDA
 """Whether there is a precision in which two ways to compute one thing agree: FLASH_ATTN takes no fp32."""
 PRECISION = ("--dtype", "float32" if EXACT else "bfloat16")
+DENSE_IS_EXACT = [*PRECISION[1:]] == DTYPE
+"""Whether every server here has that precision: a second one without the flag would be the same."""
+KV_CACHE = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+"""GiB of each server: more than twice what 8,192 tokens take in fp32, for up to four servers live side by side."""
 
 
 class Server(server.Server):
     def __init__(self, model: Path, log: Path, args: tuple[str, ...] = (), env: dict[str, str] | None = None):
-        env = {"VLLM_CPU_KVCACHE_SPACE": "2", **(env or {})}
+        env = KV_CACHE | (env or {})
         super().__init__(model, log, [*BASE_ARGS, *args], env, name=MODEL_NAME)
 
 
@@ -40,7 +44,7 @@ class MakeServe(server.Server):
     """The command of `make serve`, flag for flag, in the environment that the tests run in."""
 
     def __init__(self, log: Path, *settings: str):
-        super().__init__("", log, env={"VLLM_CPU_KVCACHE_SPACE": "2"}, name=MODEL_NAME)
+        super().__init__("", log, env=KV_CACHE, name=MODEL_NAME)
         program, *args = shlex.split(make("serve-command", f"PORT={self.port}", *settings))
         self.command = [str(Path(sys.executable).with_name(Path(program).name)), *args]
 

@@ -1,6 +1,7 @@
 """vLLM's own tools, as `benchmarks/serving.py` calls them: their options, their figures, and the density in the log."""
 
 import csv
+import json
 import os
 import shlex
 import subprocess
@@ -38,18 +39,42 @@ def test_bench_serve(s2o, model, tmp_path):
     assert 0 < figures["density"] < 1
 
 
+# Two processes less, each of which imports vLLM for ten seconds. More threads in the one would wait for each other.
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
+UNI = ["--distributed-executor-backend", "uni"]
+
+
 def test_bench_throughput(model, monkeypatch, tmp_path):
+    """In the processes that it starts by itself."""
+    row = bench("throughput", ["--prompts", "2"], [], model, monkeypatch, tmp_path)
+    assert (row["tool"], row["prompts"], row["ttft_ms_p50"]) == ("bench throughput", "2", "")
+
+
+def test_bench_latency(model, monkeypatch, tmp_path):
+    for name, value in ONE_PROCESS.items():
+        monkeypatch.setenv(name, value)
+    row = bench("ttft", ["--repeats", "2"], UNI, model, monkeypatch, tmp_path)
+    names = ("tool", "concurrency", "output_len", "prompts", "repeats")
+    assert [row[name] for name in names] == ["bench latency", "1", "1", "1", "2"]
+    assert float(row["ttft_ms_p50"]) > 0
+
+
+def bench(what, arguments, more, model, monkeypatch, tmp_path) -> dict[str, str]:
+    """The row of one of vLLM's tools that start an engine without a server."""
     monkeypatch.setitem(servers.SHAPES, "small", SMALL)
     config = '{"s2o": {"min_seq_len": 512, "segment_len": 256, "budget": 0.1}}'
     files = ["--out", str(tmp_path / "result.json"), "--table", str(tmp_path / "table.csv")]
-    asked = ["--shape", "small", "--tokens", "1500", "--prompts", "2", "--providers", "s2o"]
-    args = shlex.join([*BASE_ARGS, "--additional-config", config])
-    monkeypatch.setattr(sys, "argv", ["serving.py", "throughput", str(model), *asked, *files, f"--server={args}"])
+    asked = ["--shape", "small", "--tokens", "1500", "--providers", "s2o", *arguments]
+    args = shlex.join([*BASE_ARGS, *more, "--additional-config", config])
+    monkeypatch.setattr(sys, "argv", ["serving.py", what, str(model), *asked, *files, f"--server={args}"])
     main.main()
     (row,) = csv.DictReader((tmp_path / "table.csv").open(newline=""))
-    assert (row["model"], row["tool"], row["prompt_len"], row["prompts"]) == ("small", "bench throughput", "1500", "2")
+    assert (row["model"], row["prompt_len"]) == ("small", "1500")
     assert float(row["tokens_per_s"]) > 0
     assert 0 < float(row["density"]) < 1
+    (run,) = json.loads((tmp_path / "result.json").read_text())["providers"]["s2o"]["runs"]
+    assert run["max_num_batched_tokens"] == 8192  # of BASE_ARGS, by vLLM's own word
+    return row
 
 
 def test_a_benchmark_that_is_told_to_stop_takes_its_server_along(tmp_path):
@@ -65,7 +90,9 @@ def test_a_benchmark_that_is_told_to_stop_takes_its_server_along(tmp_path):
             time.sleep(0.1)
         servers = psutil.Process(process.pid).children(recursive=True)
         process.terminate()
-        assert process.stderr.read().splitlines()[-1] == "serving.py: told to stop; what was measured is written."
+        assert process.stderr.read().splitlines()[-1] == (
+            "serving.py: told to stop; speeds measured before are written, needles are not."
+        )
     assert process.returncode == 1
     assert servers
     assert not psutil.wait_procs(servers, timeout=10)[1]

@@ -64,3 +64,9 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{len(names)} cores, {names[0]}" if names else platform.machine()
+
+
+def commit_name(machine: dict) -> str:
+    """The commit for a table, empty if it is not known. Of changed code it alone would name something else than what
+    ran."""
+    return f"{machine.get('commit') or ''}{'+changes' if machine.get('changed') else ''}"
