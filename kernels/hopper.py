@@ -8,7 +8,7 @@ Each multiprocessor has one program, which takes tile after tile until none is l
 
 Gathering is a few blocks ahead, and so at the next tile while the last one ends. A buffer's two barriers say that it
 is *full* (the copies have landed) and *free* (all products have read it); blocks are numbered through all tiles.
-The halves of a tile run apart, so that one's softmax fills the gaps of the other's products; they meet where the tile is
+Each multiprocessor has one program, which takes tile after tile, those with the longest history first:
 judged, under the products that its next block begins with.
 
 When a tile stops, the gathering warps are blocks ahead. The halves leave the number of the first block that they do
@@ -43,8 +43,8 @@ ROWS = gl.constexpr(64)
 
 
 FIELDS = gl.constexpr(8)
-"""Numbers that tell what a tile is: first query row, its position, rows (0: there is no tile any more), history, limit,
-where its ranking begins, sequence, and its index among tiles times heads."""
+"""Numbers that tell what a tile is: first query row, its position, rows (-1: no tile is left), history, limit, where its
+ranking begins, sequence, and its index among tiles times heads."""
 
 
 @gluon.jit
@@ -63,16 +63,20 @@ def _announce(
         segment = gl.load(Tiles + tile * 3)
         first = gl.load(Tiles + tile * 3 + 1)
         rows = gl.load(Tiles + tile * 3 + 2)
-        history = gl.load(Segments + segment * 7 + 4)
+        # All of them before the first store, which they would wait for.
+        sequence = gl.load(Segments + segment * 7)
         query_row = gl.load(Segments + segment * 7 + 1) + first
+        query_pos = gl.load(Segments + segment * 7 + 2) + first
+        history = gl.load(Segments + segment * 7 + 4)
+        limit = gl.load(Segments + segment * 7 + 5)
         ranking = gl.load(Segments + segment * 7 + 6) + head // GROUP * history
         tasks.index(task).store(gl.full([1], query_row, gl.int32, one))
-        tasks.index(task + 1).store(gl.full([1], gl.load(Segments + segment * 7 + 2) + first, gl.int32, one))
+        tasks.index(task + 1).store(gl.full([1], query_pos, gl.int32, one))
         tasks.index(task + 2).store(gl.full([1], rows, gl.int32, one))
         tasks.index(task + 3).store(gl.full([1], history, gl.int32, one))
-        tasks.index(task + 4).store(gl.full([1], gl.load(Segments + segment * 7 + 5), gl.int32, one))
+        tasks.index(task + 4).store(gl.full([1], limit, gl.int32, one))
         tasks.index(task + 5).store(gl.full([1], ranking, gl.int32, one))
-        tasks.index(task + 6).store(gl.full([1], gl.load(Segments + segment * 7), gl.int32, one))
+        tasks.index(task + 6).store(gl.full([1], sequence, gl.int32, one))
         tasks.index(task + 7).store(gl.full([1], work, gl.int32, one))
         row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         d = gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
@@ -82,7 +86,7 @@ def _announce(
             mine = gl.minimum(half * ROWS + row, rows - 1)
             copy_rows(queries.index(slot * HALVES + half), at + mine[:, None] * stride_q_token + d)
     else:
-        tasks.index(task + 2).store(gl.full([1], 0, gl.int32, one))
+        tasks.index(task + 2).store(gl.full([1], -1, gl.int32, one))
     mbarrier.arrive(task_full.index(slot), count=1)
     async_copy.mbarrier_arrive(task_full.index(slot), increment_count=False)
 
@@ -118,8 +122,8 @@ def _gather(
     GROUP: gl.constexpr, D: gl.constexpr, HALVES: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
     PAGE: gl.constexpr,
 ):  # fmt: skip
-    """Of each tile, rows of the segment and then of its ranked history. Slots are read a block ahead: rows and the slots
-    that name them are loads that wait for each other."""
+    """Of each tile, rows of the segment and then of its ranked history. Slots are read a block ahead: rows and the
+    slots that name them are loads that wait for each other."""
     threads: gl.constexpr = D // 8
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // threads, threads], [4, 1], [1, 0])
     row = gl.arange(0, BLOCK, gl.SliceLayout(1, layout))
@@ -129,7 +133,8 @@ def _gather(
 
     turn = 0
     base = 0
-    work = gl.atomic_add(Next, 1)
+    programs = gl.num_programs(0)
+    work = gl.program_id(0)
     _announce(
         work, num_works, turn, Query, Segments, Tiles, queries, tasks, task_full, task_free,
         num_heads, stride_q_token, stride_q_head, GROUP, D, HALVES,
@@ -155,13 +160,15 @@ def _gather(
                 slot, base + j, True, keys, values, d, buffers, barriers, stride_block, stride_token, PAGE, STAGES
             )
 
-        # The next tile is known long before this one ends.
+        # The next tile is taken long before this one ends, unless few are left: another program may be free earlier.
         turn += 1
-        work = gl.atomic_add(Next, 1)
-        _announce(
-            work, num_works, turn, Query, Segments, Tiles, queries, tasks, task_full, task_free,
-            num_heads, stride_q_token, stride_q_head, GROUP, D, HALVES,
-        )  # fmt: skip
+        early = work + 2 * programs < num_works
+        if early:
+            work = programs + gl.atomic_add(Next, 1, sem="relaxed")
+            _announce(
+                work, num_works, turn, Query, Segments, Tiles, queries, tasks, task_full, task_free,
+                num_heads, stride_q_token, stride_q_head, GROUP, D, HALVES,
+            )  # fmt: skip
 
         # The halves begin a block before they know that there is none: the last one holds nothing.
         ranked = row * 0 + limit > 0
@@ -181,6 +188,12 @@ def _gather(
             unused = end_block.load(one).item()
             going = (i <= last) & ((unused <= base) | (i < unused + STAGES))
         base = i
+        if not early:
+            work = programs + gl.atomic_add(Next, 1, sem="relaxed")
+            _announce(
+                work, num_works, turn, Query, Segments, Tiles, queries, tasks, task_full, task_free,
+                num_heads, stride_q_token, stride_q_head, GROUP, D, HALVES,
+            )  # fmt: skip
     async_copy.wait_group(0)
 
 
@@ -311,7 +324,7 @@ def _visit(
     round = 0
     mbarrier.wait(task_full.index(0), 0)
     rows = tasks.index(2).load(one).item()
-    while rows > 0:
+    while rows >= 0:
         fence_async_shared()
         slot = turn & 1
         task = slot * FIELDS
@@ -526,6 +539,8 @@ class Launch(NamedTuple):
     visit_registers: int = 216
     gather_registers: int = 72
     """Registers of a thread, by what it does: 65,536 are shared out."""
+    programs: int = 0
+    """How many share the tiles; 0: one a multiprocessor."""
 
 
 def unsuitable(query, key_cache, value_cache, ordered: bool, tile_size: int, interval: int) -> str | None:
@@ -575,8 +590,8 @@ def attend(
     taken = torch.zeros(1, dtype=torch.int32, device=query.device)
     strides = key_cache.stride()
     halves = tile_size // ROWS.value
-    processors = torch.cuda.get_device_properties(query.device).multi_processor_count
-    _attend[(min(processors, visited.numel()),)](
+    programs = options.programs or torch.cuda.get_device_properties(query.device).multi_processor_count
+    _attend[(min(programs, visited.numel()),)](
         query, key_cache, value_cache, block_table, segments, tiles, slots, thresholds, out, visited, taken,
         visited.numel(), num_heads,
         query.stride(0), query.stride(1), strides[0], strides[1], strides[2], value_cache.stride(2),

@@ -91,6 +91,63 @@ def test_stops_where_the_triton_kernel_stops(dtype, head_size, tile, layout, rul
 
 
 @gpu
+@needs_hopper
+@pytest.mark.parametrize("rule", ["worst row", "mean row", "short intervals", "odd histories", "budget"])
+@pytest.mark.parametrize("tile", [64, 128])
+def test_it_does_not_matter_who_takes_a_tile(tile, rule):
+    """One program takes all tiles, or each takes a few: rings, barriers and queries are used over and over."""
+    from vllm_s2o.kernels import hopper
+
+    case = make_case(**LENGTHS, num_heads=8, num_kv_heads=2, dtype=torch.bfloat16)
+    params = S2OParams(segment_len=tile if rule.startswith("odd") else 256, tile_size=tile, **RULES[rule])
+    wave = one_wave(case, params)
+    slots = ranked(rank, case, wave)
+    thresholds = torch.full((8,), 0.0 if params.budget else params.threshold, device=DEVICE)
+
+    def attend(module, **options):
+        out = torch.full_like(case.query, float("nan"))
+        pairs = module.attend(
+            case.query, case.key_cache, case.value_cache, case.block_table, wave.segments, wave.tiles, slots, None,
+            thresholds, out, scale=case.scale, key_block=params.key_block, stop_interval=params.stop_interval,
+            stop_rule=params.stop_rule, tile_size=tile, **options,
+        )  # fmt: skip
+        return out, pairs
+
+    _, pairs = attend(prefill)
+    first, _ = attend(hopper)
+    for programs in (1, 2, 3, 100) * 5:
+        out, visited = attend(hopper, options=hopper.Launch(programs=programs))
+        assert torch.equal(visited, pairs), programs
+        assert torch.equal(out, first), programs
+
+
+@gpu
+@needs_hopper
+def test_many_tiles_that_stop_everywhere():
+    """Thresholds of their own make heads stop after any number of blocks, in a second tile and in a twentieth."""
+    from vllm_s2o.kernels import hopper
+
+    case = make_case([3000, 517], [6000, 517], num_heads=32, num_kv_heads=8, head_size=128, dtype=torch.bfloat16)
+    params = S2OParams(segment_len=128, key_block=32, stop_interval=4)
+    wave = one_wave(case, params)
+    slots = ranked(rank, case, wave)
+    thresholds = torch.logspace(-4, -0.3, 32, device=DEVICE)
+    results = []
+    for module, options in ((prefill, {}), *((hopper, dict(options=hopper.Launch(programs=n))) for n in (7, 0) * 10)):
+        out = torch.full_like(case.query, float("nan"))
+        pairs = module.attend(
+            case.query, case.key_cache, case.value_cache, case.block_table, wave.segments, wave.tiles, slots, None,
+            thresholds, out, scale=case.scale, key_block=32, stop_interval=4, stop_rule="worst_row", tile_size=128,
+            **options,
+        )  # fmt: skip
+        results.append((out, pairs))
+    (expected, want), *ours = results
+    assert want.unique().numel() > 50
+    assert all(torch.equal(pairs, want) and torch.equal(out, ours[0][0]) for out, pairs in ours)
+    assert (ours[0][0].float() - expected.float()).square().mean() < 1e-4 * expected.float().square().mean()
+
+
+@gpu
 @needs_gpu
 @pytest.mark.parametrize("head_size", [96, 256])
 def test_other_head_sizes_at_the_shipped_tile(head_size):
@@ -165,6 +222,7 @@ def test_giving_up_leaves_the_triton_kernels(monkeypatch):
         ({"interval": 16}, "a stop test every 16 keys"),
         ({"layout": "transposed_keys"}, "cache strides"),
         ({"shift": 1}, "cache alignment"),
+        ({"skew": 8}, "query alignment"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -173,12 +231,16 @@ def test_reasons_for_the_triton_kernel(monkeypatch, change, reason):
     from vllm_s2o.kernels import hopper
 
     given = dict(capability=(9, 0), dtype=torch.bfloat16, head_size=128, ordered=False, tile=128, interval=256)
-    given |= dict(layout="joined_rows", shift=0) | change
+    given |= dict(layout="joined_rows", shift=0, skew=0) | change
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: given["capability"])
     case = make_case([40], [60], head_size=given["head_size"], dtype=given["dtype"], layout=given["layout"])
     key_cache, shift = case.key_cache, given["shift"]
     if shift:  # rows that begin beside a multiple of 16 bytes
         memory = torch.zeros(key_cache.numel() * 2 + shift, dtype=key_cache.dtype, device=DEVICE)
         key_cache = memory[shift:].as_strided(key_cache.shape, key_cache.stride())
-    problem = (case.query, key_cache, case.value_cache, given["ordered"], given["tile"], given["interval"])
+    query, skew = case.query, given["skew"]
+    if skew:  # a slice of wider rows
+        wide = torch.zeros(query.shape[0], query.shape[1] * query.shape[2] + skew, dtype=query.dtype, device=DEVICE)
+        query = wide[:, skew:].unflatten(1, query.shape[1:])
+    problem = (query, key_cache, case.value_cache, given["ordered"], given["tile"], given["interval"])
     assert hopper.unsuitable(*problem) == reason
