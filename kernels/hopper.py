@@ -8,8 +8,8 @@ Each multiprocessor has one program, which takes tile after tile until none is l
 
 Gathering is a few blocks ahead, and so at the next tile while the last one ends. A buffer's two barriers say that it
 is *full* (the copies have landed) and *free* (all products have read it); blocks are numbered through all tiles.
-Each multiprocessor has one program, which takes tile after tile, those with the longest history first:
-judged, under the products that its next block begins with.
+The halves of a tile run apart, so that one's softmax fills the gaps of the other's products; they meet where the tile
+is judged, under the products that its next block begins with.
 
 When a tile stops, the gathering warps are blocks ahead. The halves leave the number of the first block that they do
 not use. Before block n + STAGES each gathering warp has waited for a buffer that was freed after n was left: so they
@@ -43,8 +43,8 @@ ROWS = gl.constexpr(64)
 
 
 FIELDS = gl.constexpr(8)
-"""Numbers that tell what a tile is: first query row, its position, rows (-1: no tile is left), history, limit, where its
-ranking begins, sequence, and its index among tiles times heads."""
+"""Numbers that tell what a tile is: first query row, its position, rows (-1: no tile is left), history, limit, where
+its ranking begins, sequence, and its index among tiles times heads."""
 
 
 @gluon.jit
