@@ -11,6 +11,13 @@ from vllm_s2o.quality.selection.exact import TopK, TopP
 from vllm_s2o.quality.selection.ranked import RANKINGS
 from vllm_s2o.quality.sweep import FIGURES, sweep, visits
 
+
+class FineTopP(TopP):
+    """In steps so small that some bound is near each density."""
+
+    values = (1 - 1e-7, 1 - 1e-6, 0.99999, 0.9999, 0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.95, 0.9, 0.8, 0.6)
+
+
 TILE = 32
 SMALL = {"tile": TILE, "key_block": 16}
 RULES = {
@@ -28,7 +35,7 @@ RULES = {
     "flexprefill": FlexPrefill(TILE, min_budget=64),
     "flexprefill_query_aware": FlexPrefill(TILE, min_budget=64, tau=0.5),
     "top_k": TopK(),
-    "top_p": TopP(),
+    "top_p": FineTopP(),
 }
 # A multiple of all blocks; and a rest that is no multiple of any, 1 token in the last tile.
 LENGTHS = [384, 417]

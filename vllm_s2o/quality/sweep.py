@@ -127,15 +127,13 @@ def visit_rows(tile: Weights, rules: Mapping[str, RowRule], num_tokens: int) -> 
     """What rules visit that pick keys for each row: those that weigh at least as much as the last one kept."""
     ranked = descending(tile.weights.T.contiguous())
     for name, rule in rules.items():
-        sums, mass, pairs = [], [], []
-        for value in rule.values:
-            count = rule.kept(ranked, value, num_tokens)
-            least = ranked.gather(1, count[:, None] - 1)[:, 0]
-            kept = tile.weights * (tile.weights >= least)
+        counts = rule.kept(ranked, rule.values, num_tokens)
+        sums, mass = [], []
+        for least in ranked.gather(1, counts - 1).T:
+            kept = torch.where(tile.weights >= least, tile.weights, 0)
             sums.append(kept.T @ tile.value)
             mass.append(kept.sum(0))
-            pairs.append(count.sum())
-        pairs = torch.stack(pairs).double()
+        pairs = counts.sum(0).double()
         yield name, Visit(torch.stack(sums), torch.stack(mass), pairs, pairs)
 
 
