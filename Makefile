@@ -5,7 +5,7 @@ PYTHON ?= python3
 PORT = 8000
 # What to serve: a directory or a model's name; the default is made from a package.
 MODEL = $(SMOLLM2)
-# Further flags for the server.
+# Further flags for the server, or for `make frontier`.
 ARGS =
 # For `make bench`: other projects' kernels, by their checkouts.
 PEERS =
@@ -39,7 +39,7 @@ export PYTHONSAFEPATH = 1
 SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .ONESHELL:
-.PHONY: help serve serve-command test test-fast bench bench-attention bench-serving needs-gpu install discard clean
+.PHONY: help serve serve-command test test-fast bench bench-attention bench-serving frontier needs-gpu install discard clean
 
 help: ## list what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -79,6 +79,13 @@ bench-serving: needs-gpu $(SMOLLM2)/prepared.txt ## whole servers and engines, S
 	.venv/bin/python benchmarks/serving.py latency $(BENCHED) --concurrency 1 8 --prompts 3 --also short decode
 	.venv/bin/python benchmarks/serving.py ttft $(BENCHED) --add
 	.venv/bin/python benchmarks/serving.py throughput $(BENCHED) --prompts 8 --add
+
+# A model's own attention on real text; it needs no GPU. Stopped and started again, it goes on where it was. All layers
+# and texts of the default model take hours on 2 cores: ARGS="--layers 1 9 17 25 --texts code" is a first look.
+frontier: $(INSTALLED) $(if $(OURS),$(SMOLLM2)/prepared.txt) ## error against density, S2O and others: MODEL=, ARGS=
+	@.venv/bin/pip install --quiet --disable-pip-version-check --editable ".[bench]"
+	.venv/bin/python -P -m vllm_s2o.quality.frontier $(MODEL) --out benchmarks/results/frontier.csv \
+		--plot benchmarks/results/frontier.png $(ARGS)
 
 needs-gpu:
 	@[ -n "$(GPU)" ] || { echo "make bench needs an NVIDIA GPU, and nvidia-smi finds none." >&2; exit 1; }
