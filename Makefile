@@ -9,6 +9,8 @@ MODEL = $(SMOLLM2)
 ARGS =
 # For `make bench`: other projects' kernels, by their checkouts.
 PEERS =
+# For `make test-matrix`: versions of vLLM, in place of those that tests/helpers/vllm_wheels.py lists.
+VERSIONS =
 
 VLLM = 0.32.0
 TORCH = 2.13.0
@@ -39,7 +41,8 @@ export PYTHONSAFEPATH = 1
 SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .ONESHELL:
-.PHONY: help serve serve-command test test-fast bench bench-attention bench-serving frontier needs-gpu install discard clean
+.PHONY: help serve serve-command test test-fast test-matrix bench bench-attention bench-serving frontier needs-gpu install \
+	discard clean
 
 help: ## list what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -61,6 +64,10 @@ test: $(INSTALLED) $(SMOLLM2)/prepared.txt ## run all tests
 
 test-fast: $(INSTALLED) ## run the tests that start no server
 	@.venv/bin/pytest $(PARALLEL) -m "not serving"
+
+# The wheels are downloaded once: of each, some megabytes stay in ~/.cache/vllm-s2o/matrix or in $VLLM_S2O_MATRIX.
+test-matrix: $(INSTALLED) ## check what is used of vLLM in its sources of several versions; VERSIONS="0.27.1 0.33.0" takes those alone
+	@.venv/bin/pytest tests/matrix $(if $(VERSIONS),--versions "$(VERSIONS)")
 
 bench: bench-attention bench-serving ## on a GPU: both benchmarks, into benchmarks/results/
 

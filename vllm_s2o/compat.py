@@ -1,6 +1,6 @@
 """Every difference between vLLM versions and platforms. Nothing else in the project asks for a version.
 
-Written against the sources of vLLM 0.25.1, 0.32.0 and 0.33.0.
+Written against the sources of vLLM 0.25.1, 0.32.0 and 0.33.0; `make test-matrix` checks them, and others between.
 """
 
 import dataclasses
@@ -200,8 +200,8 @@ def loads_draft(vllm_config) -> bool:
 
 
 def is_draft_layer(impl, layer) -> bool:
-    """Whether a layer is a draft model's. Model runner V2 marks such layers from 0.32 on; before, and on V1, the
-    implementation alone knows, from the time when it was made."""
+    """Whether a layer is a draft model's. Model runner V2 marks such layers from 0.31 on, and V1 from 0.33 on; before,
+    the implementation alone knows, from the time when it was made."""
     return impl.s2o_draft or getattr(layer, "is_draft_layer", False)
 
 
@@ -209,7 +209,7 @@ def longest_decode(vllm_config) -> int:
     """Query tokens of a row in decode, at most: one, and what a draft proposes."""
     from vllm.v1.attention import backend
 
-    if hasattr(backend, "max_decode_query_len"):  # from 0.32 on; it knows the model runner too
+    if hasattr(backend, "max_decode_query_len"):  # from 0.31 on; it knows the model runner too
         return backend.max_decode_query_len(vllm_config)
     speculative = vllm_config.speculative_config
     proposed = getattr(speculative, "num_speculative_tokens", None) or 0
