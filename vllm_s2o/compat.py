@@ -3,6 +3,8 @@
 Written against the sources of vLLM 0.25.1, 0.32.0 and 0.33.0.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import itertools
 import logging
@@ -10,9 +12,10 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # the command line asks for versions and traits where nothing runs a model
+    import torch
 
 SUPPORTED = ("0.25.1", "0.34")
 """First supported vLLM version, and the first one that is not."""
