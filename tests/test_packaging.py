@@ -66,6 +66,7 @@ def test_what_the_wheel_says_of_itself(wheel):
     assert f"Version: {vllm_s2o.__version__}" in metadata
     assert "License-Expression: Apache-2.0" in metadata
     assert dict(entry_points["vllm.general_plugins"]) == {"s2o": "vllm_s2o.plugin:register"}
+    assert dict(entry_points["console_scripts"]) == {"vllm-s2o": "vllm_s2o.cli.main:main"}
 
 
 def test_an_installed_wheel_works(installed, tmp_path):

@@ -5,6 +5,7 @@ Light on purpose: no CUDA context, no kernel, and nothing changes for a server w
 
 from vllm_s2o import compat
 
+MLA = "the S2O backend does not support multi-head latent attention (MLA): start without the flag."
 # What is skipped depends on where a prompt is cut into chunks, and that on the other requests of a step.
 BATCH_INVARIANT = "the S2O backend does not support VLLM_BATCH_INVARIANT: unset it, or start without the flag."
 
@@ -32,7 +33,7 @@ def check(vllm_config) -> None:
     if model_config is None:
         return
     if model_config.use_mla:
-        compat.stop("the S2O backend does not support multi-head latent attention (MLA): start without the flag.")
+        compat.stop(MLA)
     if compat.batch_invariant():
         compat.stop(BATCH_INVARIANT)
     from vllm_s2o.config import ConfigError
