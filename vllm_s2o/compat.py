@@ -3,6 +3,8 @@
 Written against the sources of vLLM 0.25.1, 0.32.0 and 0.33.0; `make test-matrix` checks them, and others between.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import itertools
 import logging
@@ -10,9 +12,10 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # the command line asks for versions and traits where nothing runs a model
+    import torch
 
 SUPPORTED = ("0.25.1", "0.34")
 """First supported vLLM version, and the first one that is not."""
@@ -147,6 +150,50 @@ def batch_invariant() -> bool:
     from vllm import envs
 
     return envs.VLLM_BATCH_INVARIANT
+
+
+# -- asking vLLM, without a server ------------------------------------------------------------------------------------
+
+
+def load_plugins() -> None:
+    """All general plugins, as each of vLLM's processes loads them."""
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+
+
+def installed_version() -> str:
+    import vllm
+
+    return vllm.__version__
+
+
+def device_type() -> str:
+    """The platform that vLLM chose: cpu, cuda or another; empty where it finds none."""
+    from vllm.platforms import current_platform
+
+    return current_platform.device_type
+
+
+def backend_names() -> list[str]:
+    """What --attention-backend may be for this backend, in the order in which README names them."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    members = AttentionBackendEnum.__members__
+    return [name for name in ("CUSTOM", NAME) if name in members and is_s2o(members[name])]
+
+
+def server_config(model: str, backend: str, additional: dict[str, Any]):
+    """The VllmConfig of `vllm serve` with the flag, without weights or a tokenizer. Raises what a server ends with."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    args = EngineArgs(
+        model=model, attention_backend=backend, additional_config=additional, skip_tokenizer_init=True
+    )  # fmt: skip
+    return args.create_engine_config()
+
+
+# -- refusing ---------------------------------------------------------------------------------------------------------
 
 
 class StartError(RuntimeError):
