@@ -7,7 +7,7 @@ PORT = 8000
 MODEL = $(SMOLLM2)
 # Further flags for the server, or for `make frontier`.
 ARGS =
-# For `make bench`: other projects' kernels, by their checkouts.
+# For `make bench` and `make test-peers`: other projects' code, by their checkouts.
 PEERS =
 # For `make test-matrix`: versions of vLLM, in place of those that tests/helpers/vllm_wheels.py lists.
 VERSIONS =
@@ -41,7 +41,7 @@ export PYTHONSAFEPATH = 1
 SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .ONESHELL:
-.PHONY: help serve serve-command test test-fast test-matrix bench bench-attention bench-serving frontier needs-gpu install \
+.PHONY: help serve serve-command test test-fast test-matrix test-peers bench bench-attention bench-serving frontier needs-gpu install \
 	discard clean
 
 help: ## list what there is to make
@@ -68,6 +68,10 @@ test-fast: $(INSTALLED) ## run the tests that start no server
 # The wheels are downloaded once: of each, some megabytes stay in ~/.cache/vllm-s2o/matrix or in $VLLM_S2O_MATRIX.
 test-matrix: $(INSTALLED) ## check what is used of vLLM in its sources of several versions; VERSIONS="0.27.1 0.33.0" takes those alone
 	@.venv/bin/pytest tests/matrix $(if $(VERSIONS),--versions "$(VERSIONS)")
+
+test-peers: $(INSTALLED) ## check our forms of other methods against released code: PEERS="pbs=PATH flashprefill=PATH flexprefill=PATH xattention=PATH"
+	@[ -n "$(PEERS)" ] || { echo 'make test-peers takes checkouts: PEERS="pbs=PATH flashprefill=PATH flexprefill=PATH xattention=PATH".' >&2; exit 1; }
+	VLLM_S2O_PEERS="$(PEERS)" .venv/bin/pytest tests/quality/test_released_rules.py
 
 bench: bench-attention bench-serving ## on a GPU: both benchmarks, into benchmarks/results/
 
