@@ -1,4 +1,4 @@
-"""Every difference between vLLM versions and platforms. Nothing else in the project asks for a version.
+"""Every difference between vLLM versions. Nothing else in the project asks for one.
 
 Written against the sources of vLLM 0.25.1, 0.32.0 and 0.33.0; `make test-matrix` checks them, and others between.
 """
