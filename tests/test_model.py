@@ -141,6 +141,23 @@ def test_dense_layers(write, changes, dense):
     assert model.dense_layers(model.read(str(write(LLAMA, **changes))), compat.MAX_HEAD_SIZE) == dense
 
 
+@pytest.mark.parametrize(
+    "changes, full",
+    [
+        ({"model_type": "gemma3_text", "num_hidden_layers": 12, "sliding_window": 1024}, [5, 11]),
+        ({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True, "max_window_layers": 2}, [0, 1]),
+    ],
+    ids=["gemma 3", "qwen 2"],
+)
+def test_the_class_knows_which_layers_have_the_window(write, changes, full):
+    """Also where the file states every dimension."""
+    found = model.read(str(write(LLAMA, **changes)))
+    dense = model.dense_layers(found, compat.MAX_HEAD_SIZE)
+    layers = range(settings.traits_of(found).num_layers)
+    assert [layer for layer in layers if layer not in dense] == full
+    assert set(dense.values()) == {"sliding window"}
+
+
 @pytest.mark.parametrize("changes, latent", [({}, False), ({"kv_lora_rank": 64}, True)], ids=["plain", "latent"])
 def test_latent_attention_is_seen(write, changes, latent):
     assert model.read(str(write(LLAMA, **changes))).use_mla is latent

@@ -28,8 +28,10 @@ _told: set[str] = set()
 
 def say_once(line: str, level: int = logging.INFO) -> None:
     """vLLM makes a builder several times: for profiling, for capture, for each cache group."""
-    if line not in _told and compat.tensor_parallel()[0] == 0:
-        _told.add(line)
+    if line in _told:
+        return
+    _told.add(line)
+    if compat.tensor_parallel()[0] == 0:
         logger.log(level, "s2o: %s", line)
 
 

@@ -213,7 +213,9 @@ def _as_object(fields: dict[str, Any]) -> SimpleNamespace:
 
 def _complete(text: SimpleNamespace) -> bool:
     """Whether a file leaves nothing to the model's class, which takes seconds to load."""
-    needed = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    needed = ["num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"]
+    if getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True):
+        needed.append("layer_types")  # which layers have the window is up to the class
     return all(getattr(text, name, None) is not None for name in needed)
 
 
