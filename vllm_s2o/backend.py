@@ -130,7 +130,8 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
         if self.s2o_layers:  # none where a draft has a builder of its own
             for line in self.s2o.describe(self.s2o_min_query):
                 say_once(line)
-            path = attention.describe(self.device)
+            spec, dtype = self.kv_cache_spec, self.vllm_config.model_config.dtype
+            path = attention.describe(self.device, dtype, spec.num_kv_heads, spec.head_size, self.s2o.params)
             line = f"{self.num_sparse} of {len(self.s2o_layers)} attention layers take {path} for long prefills"
             say_once(line, logging.INFO if self.num_sparse else logging.WARNING)
         for reason, names in dense.items():

@@ -231,18 +231,6 @@ def kernel_finding(machine: Machine, answer: Answer, traits: ModelTraits | None,
 def _kernels(torch: Any, traits: ModelTraits | None, params: S2OParams, dtype: str | None) -> str:
     from vllm_s2o.kernels import cuda
 
-    device = torch.device("cuda", 0)
-    if not cuda.uses_gluon():
-        return cuda.describe(device)
-    ranking = "in Gluon" if params.num_classes == cuda.vote.CLASSES else f"in Triton (num_classes={params.num_classes})"
-    # Tensors of the model's kind, as small as they can be: the kernels look at nothing else of a problem.
-    kind = getattr(torch, dtype or "bfloat16")
     heads, head_size = (traits.num_kv_heads, traits.head_size) if traits else (1, 128)
-    query = torch.empty(1, heads, head_size, dtype=kind, device=device)
-    cache = torch.empty(1, 16, heads, head_size, dtype=kind, device=device)
-    ordered = params.query_order == "guide"
-    problem = cuda.hopper.unsuitable(
-        query, cache, cache, ordered, params.tile_size, params.key_block * params.stop_interval
-    )
-    attention = "in Gluon" if problem is None else f"in Triton ({problem})"
-    return f"attention {attention}, ranking {ranking}"
+    return cuda.describe(torch.device("cuda", 0), getattr(torch, dtype or "bfloat16"), heads, head_size, params)
+

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_s2o import plan
+
 from .selection import Head, RowRule, Rule, Tile, UnitRule, heads_of, tiles_of
 from .selection.rule import Layout, UnitSelection
 
@@ -70,8 +72,7 @@ def exact(head: Head, value: torch.Tensor, tile: Tile) -> Weights:
 
 def causal_pairs(tile: Tile, start: int = 0) -> int:
     """Pairs of a tile with the keys from `start` on; start is at most the tile's first row."""
-    rows = tile.end - tile.first
-    return rows * (tile.first - start) + rows * (rows + 1) // 2
+    return plan.causal_pairs(tile.end - tile.first, tile.end - start)
 
 
 def unit_sums(tile: Weights, layout: Layout) -> tuple[torch.Tensor, ...]:
