@@ -20,8 +20,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vllm_s2o.config import ModelTraits, load_config
+from vllm_s2o.compat import MAX_HEAD_SIZE
+from vllm_s2o.config import ConfigError, ModelTraits, load_config
+from vllm_s2o.model import Model
 from vllm_s2o.quality.text import SOURCES, TextError, first_tokens
+from vllm_s2o.settings import traits_of
 
 NAME = "s2o_capture"
 """What the attention is registered as."""
@@ -62,7 +65,6 @@ def capture(
     layers: Sequence[int] | None = None,
     text: str = "code",
     device: torch.device | None = None,
-    split: str | None = None,
 ) -> Capture:
     """Run a model on the beginning of a text: in bfloat16 on a GPU, in float32 on a CPU.
 
@@ -71,14 +73,13 @@ def capture(
         layers: which to keep; by default the first, the middle and the last of those that S2O's config makes sparse.
         text: one of text.SOURCES, or the path of a UTF-8 file.
         device: the GPU if there is one.
-        split: the part of the text to take, one of text.SPLITS; None: all of it.
 
     Raises:
         CaptureError: in one sentence, whatever went wrong.
     """
     source = open_model(model, num_tokens)
     layers = default_layers(source.traits) if layers is None else checked_layers(layers, source.traits)
-    ids = source.prompt(text, num_tokens, split)
+    ids = source.prompt(text, num_tokens)
     found = attention_inputs(source.load(device), ids, layers)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     versions["python"] = platform.python_version()  # its text, too
@@ -143,6 +144,8 @@ def _loading(model: str) -> Iterator[None]:
     """Turn what transformers says of a model that it cannot load into a sentence."""
     try:
         yield
+    except ConfigError as error:
+        raise CaptureError(str(error)) from None
     except (OSError, ValueError, AttributeError) as error:
         raise CaptureError(f"The model {model} cannot be loaded: {_line(error)}") from error
 
@@ -229,7 +232,7 @@ def _beside_causality(module, query: torch.Tensor, value: torch.Tensor, options:
         "attention sinks": options.get("s_aux") is not None,
         "position biases": options.get("position_bias") is not None,
         "values of another size than its keys": value.shape[-1] != head_size,
-        f"heads of size {head_size}": head_size > 256,
+        f"heads of size {head_size}": head_size > MAX_HEAD_SIZE,
     }
     return next((name for name, has in extras.items() if has), None)
 
@@ -276,16 +279,7 @@ def extend_rope(config, num_tokens: int) -> float:
 
 def model_traits(model: str, config) -> ModelTraits:
     """What S2O's config files are matched by, from transformers' config."""
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    return ModelTraits(
-        name=model,
-        architecture=(config.architectures or ["unknown"])[0],
-        num_layers=text.num_hidden_layers,
-        num_heads=heads,
-        num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
-    )
+    return traits_of(Model(model, Path(model), config, config.get_text_config()))
 
 
 def default_layers(traits: ModelTraits) -> list[int]:
