@@ -8,6 +8,7 @@ flag was given, in a process that runs the model.
 """
 
 import dataclasses
+import itertools
 import logging
 import re
 from dataclasses import dataclass
@@ -203,7 +204,7 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
             return None
         num_kv_heads = self.kv_cache_spec.num_kv_heads
         plan = attention.plan_step(query_lens, seq_lens, self.s2o.params, num_kv_heads, sparse, self.s2o_slots)
-        starts = common.query_start_loc_cpu.tolist()
+        starts = list(itertools.accumulate(query_lens, initial=0))
         dense = []
         for first, last in dense_runs(query_lens, sparse):
             rows = compat.slice_rows(common, first, last, query_lens, seq_lens)
