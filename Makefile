@@ -5,10 +5,12 @@ PYTHON ?= python3
 PORT = 8000
 # What to serve: a directory or a model's name; the default is made from a package.
 MODEL = $(SMOLLM2)
-# Further flags for the server.
+# Further flags for the server, or for `make frontier`.
 ARGS =
-# For `make bench`: other projects' kernels, by their checkouts.
+# For `make bench` and `make test-peers`: other projects' code, by their checkouts.
 PEERS =
+# For `make test-matrix`: versions of vLLM, in place of those that tests/helpers/vllm_wheels.py lists.
+VERSIONS =
 
 VLLM = 0.32.0
 TORCH = 2.13.0
@@ -39,10 +41,11 @@ export PYTHONSAFEPATH = 1
 SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .ONESHELL:
-.PHONY: help serve serve-command test test-fast bench bench-attention bench-serving needs-gpu install discard clean
+.PHONY: help serve serve-command test test-fast test-matrix test-peers bench bench-attention bench-serving frontier needs-gpu install \
+	discard clean
 
 help: ## list what there is to make
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 17
 
 serve: export VLLM_CPU_KVCACHE_SPACE ?= 4
 serve: $(INSTALLED) $(if $(OURS),$(SMOLLM2)/prepared.txt) ## serve a model with S2O: MODEL=, PORT=, ARGS=
@@ -62,6 +65,14 @@ test: $(INSTALLED) $(SMOLLM2)/prepared.txt ## run all tests
 test-fast: $(INSTALLED) ## run the tests that start no server
 	@.venv/bin/pytest $(PARALLEL) -m "not serving"
 
+# The wheels are downloaded once: of each, some megabytes stay in ~/.cache/vllm-s2o/matrix or in $VLLM_S2O_MATRIX.
+test-matrix: $(INSTALLED) ## check what is used of vLLM in its sources of several versions; VERSIONS="0.27.1 0.33.0" takes those alone
+	@.venv/bin/pytest tests/matrix $(if $(VERSIONS),--versions "$(VERSIONS)")
+
+test-peers: $(INSTALLED) ## check our forms of other methods against released code: PEERS="pbs=PATH flashprefill=PATH flexprefill=PATH xattention=PATH"
+	@[ -n "$(PEERS)" ] || { echo 'make test-peers takes checkouts: PEERS="pbs=PATH flashprefill=PATH flexprefill=PATH xattention=PATH".' >&2; exit 1; }
+	VLLM_S2O_PEERS="$(PEERS)" .venv/bin/pytest tests/quality/test_released_rules.py
+
 bench: bench-attention bench-serving ## on a GPU: both benchmarks, into benchmarks/results/
 
 # The scripts stand beside what they import, which PYTHONSAFEPATH would hide.
@@ -79,6 +90,13 @@ bench-serving: needs-gpu $(SMOLLM2)/prepared.txt ## whole servers and engines, S
 	.venv/bin/python benchmarks/serving.py latency $(BENCHED) --concurrency 1 8 --prompts 3 --also short decode
 	.venv/bin/python benchmarks/serving.py ttft $(BENCHED) --add
 	.venv/bin/python benchmarks/serving.py throughput $(BENCHED) --prompts 8 --add
+
+# A model's own attention on real text; it needs no GPU. Stopped and started again, it goes on where it was. All layers
+# and texts of the default model take hours on 2 cores: ARGS="--layers 1 9 17 25 --texts code" is a first look.
+frontier: $(INSTALLED) $(if $(OURS),$(SMOLLM2)/prepared.txt) ## error against density, S2O and others: MODEL=, ARGS=
+	@.venv/bin/pip install --quiet --disable-pip-version-check --editable ".[bench]"
+	.venv/bin/python -P -m vllm_s2o.quality.frontier $(MODEL) --out benchmarks/results/frontier.csv \
+		--plot benchmarks/results/frontier.png $(ARGS)
 
 needs-gpu:
 	@[ -n "$(GPU)" ] || { echo "make bench needs an NVIDIA GPU, and nvidia-smi finds none." >&2; exit 1; }

@@ -2,7 +2,7 @@
 
 A warp takes keys 32 at a time, one a thread. Thread c also stands for class c: five votes, one for each bit of a class,
 tell it which of the 32 keys are of its class, and so how many. That is the count. To place them, a key asks the thread
-of its class for that set and for the running count: some 20 instructions for 32 keys, where running counts of all
+of its class for that set and for the running count: some 40 instructions for 32 keys, where running counts of all
 classes take 200.
 
 Neighbouring keys go to places far apart, each a sector of memory of its own, and that is what placing would wait for.

@@ -1,9 +1,12 @@
 """Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before they are imported."""
 
 import os
+import shutil
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from processes import ROOT, pip
 
 # PyTorch's threads wait for each other without keeping their cores busy: beside another process of tests, which has one
 # of two cores, waiting takes several times as long as work. Read on import, and not for the programs that tests start.
@@ -15,6 +18,7 @@ if not torch.cuda.is_available():
 
 WHOLE = {
     "tests/serving/test_bad_config.py": "servers that share nothing with other tests",
+    "tests/cli/test_command.py": "environments with the package installed",
     "tests/test_plugin.py": "two processes that import all of vLLM",
 }
 """Files whose tests share what takes long to make, and what that is."""
@@ -41,3 +45,21 @@ def pytest_xdist_make_scheduler(config, log):
             return "servers" if path.startswith("tests/serving/") else nodeid
 
     return Scheduling(config, log)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> Path:
+    """A clean copy of the checkout, its tests and benchmarks included."""
+    copy = tmp_path_factory.mktemp("source") / "checkout"
+    hidden = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist")
+    shutil.copytree(ROOT, copy, ignore=hidden)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def wheel(source, tmp_path_factory) -> Path:
+    """Built without a network."""
+    work = tmp_path_factory.mktemp("wheel")
+    pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", work, source)
+    (built,) = work.glob("*.whl")
+    return built

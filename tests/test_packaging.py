@@ -5,46 +5,18 @@ import configparser
 import json
 import re
 import shlex
-import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
-from processes import ROOT, make, run, run_python
+from processes import ROOT, make, pip, run, run_python
 
 import vllm_s2o
 
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "vllm_s2o").rglob("*.py"))
-
-
-def pip(*arguments: str | Path, cwd: Path = ROOT) -> str:
-    """Run pip, which must succeed, and return its warnings."""
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stderr
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    """A clean copy of the checkout, its tests and benchmarks included."""
-    copy = tmp_path_factory.mktemp("source") / "checkout"
-    hidden = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist")
-    shutil.copytree(ROOT, copy, ignore=hidden)
-    return copy
-
-
-@pytest.fixture(scope="module")
-def wheel(source, tmp_path_factory) -> Path:
-    """Built without a network."""
-    work = tmp_path_factory.mktemp("wheel")
-    pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", work, source)
-    (built,) = work.glob("*.whl")
-    return built
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +66,7 @@ def test_what_the_wheel_says_of_itself(wheel):
     assert f"Version: {vllm_s2o.__version__}" in metadata
     assert "License-Expression: Apache-2.0" in metadata
     assert dict(entry_points["vllm.general_plugins"]) == {"s2o": "vllm_s2o.plugin:register"}
+    assert dict(entry_points["console_scripts"]) == {"vllm-s2o": "vllm_s2o.cli.main:main"}
 
 
 def test_an_installed_wheel_works(installed, tmp_path):

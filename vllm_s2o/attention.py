@@ -77,9 +77,11 @@ def stages(implementation: Implementation, device: torch.device) -> ModuleType |
     return SimpleNamespace(rank_keys=rank.rank_keys, order_queries=rank.order_queries, attend=prefill.attend)
 
 
-def describe(device: torch.device) -> str:
-    """What computes on a device, for the log."""
-    return stages("auto", device).describe(device) if device.type == "cuda" else "the CPU path"
+def describe(device: torch.device, dtype: torch.dtype, num_kv_heads: int, head_size: int, params: S2OParams) -> str:
+    """What computes a model's layers on a device, for the log."""
+    if device.type != "cuda":
+        return "the CPU path"
+    return f"kernels ({stages('auto', device).describe(device, dtype, num_kv_heads, head_size, params)})"
 
 
 def plan_step(

@@ -8,6 +8,7 @@ flag was given, in a process that runs the model.
 """
 
 import dataclasses
+import itertools
 import logging
 import re
 from dataclasses import dataclass
@@ -28,8 +29,10 @@ _told: set[str] = set()
 
 def say_once(line: str, level: int = logging.INFO) -> None:
     """vLLM makes a builder several times: for profiling, for capture, for each cache group."""
-    if line not in _told and compat.tensor_parallel()[0] == 0:
-        _told.add(line)
+    if line in _told:
+        return
+    _told.add(line)
+    if compat.tensor_parallel()[0] == 0:
         logger.log(level, "s2o: %s", line)
 
 
@@ -128,7 +131,8 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
         if self.s2o_layers:  # none where a draft has a builder of its own
             for line in self.s2o.describe(self.s2o_min_query):
                 say_once(line)
-            path = attention.describe(self.device)
+            spec, dtype = self.kv_cache_spec, self.vllm_config.model_config.dtype
+            path = attention.describe(self.device, dtype, spec.num_kv_heads, spec.head_size, self.s2o.params)
             line = f"{self.num_sparse} of {len(self.s2o_layers)} attention layers take {path} for long prefills"
             say_once(line, logging.INFO if self.num_sparse else logging.WARNING)
         for reason, names in dense.items():
@@ -200,7 +204,7 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
             return None
         num_kv_heads = self.kv_cache_spec.num_kv_heads
         plan = attention.plan_step(query_lens, seq_lens, self.s2o.params, num_kv_heads, sparse, self.s2o_slots)
-        starts = common.query_start_loc_cpu.tolist()
+        starts = list(itertools.accumulate(query_lens, initial=0))
         dense = []
         for first, last in dense_runs(query_lens, sparse):
             rows = compat.slice_rows(common, first, last, query_lens, seq_lens)

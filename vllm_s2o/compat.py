@@ -1,7 +1,9 @@
-"""Every difference between vLLM versions and platforms. Nothing else in the project asks for a version.
+"""Every difference between vLLM versions. Nothing else in the project asks for one.
 
-Written against the sources of vLLM 0.25.1, 0.32.0 and 0.33.0.
+Written against the sources of vLLM 0.25.1, 0.32.0 and 0.33.0; `make test-matrix` checks them, and others between.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import itertools
@@ -10,9 +12,10 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # the command line asks for versions and traits where nothing runs a model
+    import torch
 
 SUPPORTED = ("0.25.1", "0.34")
 """First supported vLLM version, and the first one that is not."""
@@ -149,6 +152,50 @@ def batch_invariant() -> bool:
     return envs.VLLM_BATCH_INVARIANT
 
 
+# -- asking vLLM, without a server ------------------------------------------------------------------------------------
+
+
+def load_plugins() -> None:
+    """All general plugins, as each of vLLM's processes loads them."""
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+
+
+def installed_version() -> str:
+    import vllm
+
+    return vllm.__version__
+
+
+def device_type() -> str:
+    """The platform that vLLM chose: cpu, cuda or another; empty where it finds none."""
+    from vllm.platforms import current_platform
+
+    return current_platform.device_type
+
+
+def backend_names() -> list[str]:
+    """What --attention-backend may be for this backend, in the order in which README names them."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    members = AttentionBackendEnum.__members__
+    return [name for name in ("CUSTOM", NAME) if name in members and is_s2o(members[name])]
+
+
+def server_config(model: str, backend: str, additional: dict[str, Any]):
+    """The VllmConfig of `vllm serve` with the flag, without weights or a tokenizer. Raises what a server ends with."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    args = EngineArgs(
+        model=model, attention_backend=backend, additional_config=additional, skip_tokenizer_init=True
+    )  # fmt: skip
+    return args.create_engine_config()
+
+
+# -- refusing ---------------------------------------------------------------------------------------------------------
+
+
 class StartError(RuntimeError):
     """A configuration that cannot be served, in one sentence. No ValueError: pydantic would wrap that."""
 
@@ -200,8 +247,8 @@ def loads_draft(vllm_config) -> bool:
 
 
 def is_draft_layer(impl, layer) -> bool:
-    """Whether a layer is a draft model's. Model runner V2 marks such layers from 0.32 on; before, and on V1, the
-    implementation alone knows, from the time when it was made."""
+    """Whether a layer is a draft model's. Model runner V2 marks such layers from 0.31 on, and V1 from 0.33 on; before,
+    the implementation alone knows, from the time when it was made."""
     return impl.s2o_draft or getattr(layer, "is_draft_layer", False)
 
 
@@ -209,7 +256,7 @@ def longest_decode(vllm_config) -> int:
     """Query tokens of a row in decode, at most: one, and what a draft proposes."""
     from vllm.v1.attention import backend
 
-    if hasattr(backend, "max_decode_query_len"):  # from 0.32 on; it knows the model runner too
+    if hasattr(backend, "max_decode_query_len"):  # from 0.31 on; it knows the model runner too
         return backend.max_decode_query_len(vllm_config)
     speculative = vllm_config.speculative_config
     proposed = getattr(speculative, "num_speculative_tokens", None) or 0

@@ -1,8 +1,10 @@
 """Which parameters a model runs with: one YAML file a model, matched, overridden, and told apart by origin."""
 
+import contextlib
 import hashlib
 import importlib.resources
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -14,9 +16,10 @@ from vllm_s2o.config_file import ConfigFile, Match, ModelTraits, Settings, range
 from vllm_s2o.params import S2OParams, threshold_range
 from vllm_s2o.yaml_file import ConfigError
 
-__all__ = ["ConfigError", "ModelTraits", "ResolvedConfig", "S2OParams", "load_config"]
+__all__ = ["ConfigError", "ModelTraits", "ResolvedConfig", "S2OParams", "load_config", "load_file"]
 
 ENVIRONMENT = "VLLM_S2O_CONFIG"
+"""Path of a config file, where --additional-config names none."""
 
 _FOUND = {
     "name": "matched by name",
@@ -38,6 +41,10 @@ class ResolvedConfig:
     """How it was found."""
     origins: dict[str, str] = field(default_factory=dict)
     """Dotted field -> where its value came from."""
+    named_by: str | None = None
+    """What named the file, where none was looked for."""
+    num_file_layers: int = 0
+    """How many of `file.layers` come from the file: the first ones. The others are the user's."""
 
     @property
     def params(self) -> S2OParams:
@@ -58,6 +65,11 @@ class ResolvedConfig:
     @property
     def provenance(self) -> str:
         return str(self.file.provenance)
+
+    @property
+    def found(self) -> str:
+        """How the file was found, in words."""
+        return _FOUND[self.matched]
 
     def layer(self, index: int) -> S2OParams | None:
         """What layer `index` of the model runs with; None where it stays dense."""
@@ -93,7 +105,7 @@ class ResolvedConfig:
         if min_query_len not in (None, self.min_query_len):
             min_query += f" (not {self.min_query_len}: decode stays dense)"
         lines = [
-            f"config {self.source} ({_FOUND[self.matched]}; {values}: {self.provenance})",
+            f"config {self.source} ({self.found}; {values}: {self.provenance})",
             f"{stop} segment_len={params.segment_len} "
             f"min_seq_len={self.min_seq_len} {min_query} "
             f"{layers.count(None)} of {len(layers)} layers dense{own}",
@@ -102,6 +114,14 @@ class ResolvedConfig:
         if overridden:
             lines.append(f"overridden by {ADDITIONAL}: {', '.join(overridden)}")
         return lines
+
+    def no_effect(self, max_model_len: int) -> str | None:
+        """Why no sequence that a server accepts will be sparse, or None."""
+        if self.min_seq_len <= max_model_len:
+            return None
+        return (
+            f"no effect: min_seq_len={self.min_seq_len} is above the longest sequence, --max-model-len {max_model_len}."
+        )
 
     def digest(self) -> str:
         """Short hash of everything that changes results, and of nothing else."""
@@ -130,14 +150,33 @@ def load_config(
     Raises:
         ConfigError: in one sentence, whatever is wrong.
     """
-    try:
+    with _one_line():
         return _load(traits, additional, env, configs_dir or importlib.resources.files("vllm_s2o.configs"))
+
+
+def load_file(path: str) -> ConfigFile:
+    """A file by itself: whether its layers and heads exist is known with a model only.
+
+    Raises:
+        ConfigError: in the sentence that `load_config` has for it.
+    """
+    with _one_line():
+        if not path.strip():
+            raise ConfigError("the name of the file is empty; a path to a YAML config file is expected.")
+        return _checked(yaml_file.read(_expanded(path), path), path)
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
     except ConfigError as error:  # a path may hold a line break; the sentence stays one line
         raise ConfigError(" ".join(str(error).split())) from None
 
 
 def _load(traits: ModelTraits, additional: Any, env: str | None, directory: Path | Traversable) -> ResolvedConfig:
     overrides: dict[str, Any] = {}
+    named_by: str | None
     path, named_by = additional, ADDITIONAL
     if isinstance(additional, dict):
         overrides = _lift_params(additional)
@@ -145,11 +184,10 @@ def _load(traits: ModelTraits, additional: Any, env: str | None, directory: Path
     if path is None:
         path, named_by = env, ENVIRONMENT
     if path is None:
-        fields, source, matched = _find(traits, directory)
+        (fields, source, matched), named_by = _find(traits, directory), None
     else:
         fields, source, matched = _read_path(path, named_by), str(path), "path"
-    file = validate(ConfigFile, fields, source)
-    _refuse_unused_thresholds(fields, file, source)
+    file = _checked(fields, source)
     origins = dict.fromkeys(_dotted(ConfigFile().model_dump()), "default")
     origins |= dict.fromkeys(_dotted(fields), source)
     from_file = len(file.layers)
@@ -164,9 +202,15 @@ def _load(traits: ModelTraits, additional: Any, env: str | None, directory: Path
             merged["layers"], origins["layers"] = fields["layers"], source
         file = validate(ConfigFile, merged, f"{source} with {ADDITIONAL}")
         _refuse_unused_thresholds(overrides, file, ADDITIONAL)
-    resolved = ResolvedConfig(file, traits, source, matched, origins)
-    _check_heads_and_layers(resolved, from_file)
+    resolved = ResolvedConfig(file, traits, source, matched, origins, named_by, from_file)
+    _check_heads_and_layers(resolved)
     return resolved
+
+
+def _checked(fields: dict[str, Any], source: str) -> ConfigFile:
+    file = validate(ConfigFile, fields, source)
+    _refuse_unused_thresholds(fields, file, source)
+    return file
 
 
 def _refuse_unused_thresholds(given: dict[str, Any], file: ConfigFile, source: str) -> None:
@@ -203,11 +247,14 @@ def _read_path(given: Any, named_by: str) -> dict[str, Any]:
     if not isinstance(given, str) or not given.strip() or "\0" in given:
         also = ", or an object of fields" if named_by == ADDITIONAL else ""
         raise ConfigError(f"{named_by} cannot be {show(given)}; allowed is the path of a YAML config file{also}.")
+    return yaml_file.read(_expanded(given), f"{given} (named by {named_by.partition(':')[0]})")
+
+
+def _expanded(path: str) -> Path:
     try:
-        path = Path(given).expanduser()
+        return Path(path).expanduser()
     except RuntimeError:  # a user's home that does not exist
-        path = Path(given)
-    return yaml_file.read(path, f"{given} (named by {named_by.partition(':')[0]})")
+        return Path(path)
 
 
 def _find(traits: ModelTraits, directory: Path | Traversable) -> tuple[dict[str, Any], str, str]:
@@ -242,8 +289,8 @@ def _dotted(fields: dict[str, Any], prefix: str = "") -> list[str]:
     return names
 
 
-def _check_heads_and_layers(config: ResolvedConfig, from_file: int) -> None:
-    """The first `from_file` overrides come from the file, the others from the user."""
+def _check_heads_and_layers(config: ResolvedConfig) -> None:
+    from_file = config.num_file_layers
     traits, threshold = config.traits, config.params.threshold
     if isinstance(threshold, tuple) and len(threshold) != traits.num_heads:
         raise ConfigError(

@@ -45,7 +45,8 @@ ALLOWED: dict[type[BaseModel], dict[str, str]] = {
 }
 """The values of each field, as a sentence says them."""
 
-_NESTED = {"match": Match, "params": S2OParams, "layers": Override, "provenance": Provenance}
+NESTED = {"match": Match, "params": S2OParams, "layers": Override, "provenance": Provenance}
+"""Models of the fields that hold further fields."""
 
 
 def validate(model: type[Settings], fields: dict[str, Any], source: str, partial: bool = False) -> Any:
@@ -73,7 +74,7 @@ def _sentence(errors: list, model: type[Settings], source: str) -> str:
     entry = next((e for e in same if any(isinstance(p, int) for p in e["loc"][len(place) :])), None)
     error = entry or errors[0]
     parts = [*place, *(p for p in error["loc"][len(place) :] if isinstance(p, int))]
-    nested = _NESTED.get(place[0]) if isinstance(place[-1], str) and len(place) > 1 else None
+    nested = NESTED.get(place[0]) if isinstance(place[-1], str) and len(place) > 1 else None
     others = len({_place(e) for e in errors}) - 1
     more = f" (and {others} more wrong)" if others else ""
 

@@ -5,6 +5,10 @@ Light on purpose: no CUDA context, no kernel, and nothing changes for a server w
 
 from vllm_s2o import compat
 
+MLA = "the S2O backend does not support multi-head latent attention (MLA): start without the flag."
+# What is skipped depends on where a prompt is cut into chunks, and that on the other requests of a step.
+BATCH_INVARIANT = "the S2O backend does not support VLLM_BATCH_INVARIANT: unset it, or start without the flag."
+
 
 def register() -> None:
     """Register the backend and watch for the flag. Safe to call any number of times."""
@@ -29,10 +33,9 @@ def check(vllm_config) -> None:
     if model_config is None:
         return
     if model_config.use_mla:
-        compat.stop("the S2O backend does not support multi-head latent attention (MLA): start without the flag.")
-    # What is skipped depends on where a prompt is cut into chunks, and that on the other requests of a step.
+        compat.stop(MLA)
     if compat.batch_invariant():
-        compat.stop("the S2O backend does not support VLLM_BATCH_INVARIANT: unset it, or start without the flag.")
+        compat.stop(BATCH_INVARIANT)
     from vllm_s2o.config import ConfigError
     from vllm_s2o.settings import resolve
 
@@ -40,9 +43,6 @@ def check(vllm_config) -> None:
         config = resolve(vllm_config)
     except ConfigError as error:
         compat.stop(str(error))
-    if config.min_seq_len > model_config.max_model_len:
-        compat.logger().warning(
-            "s2o: no effect: min_seq_len=%d is above the longest sequence, --max-model-len %d.",
-            config.min_seq_len,
-            model_config.max_model_len,
-        )
+    useless = config.no_effect(model_config.max_model_len)
+    if useless is not None:
+        compat.logger().warning("s2o: %s", useless)

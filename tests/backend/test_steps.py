@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
 from batch import CPU, DENSE, LONG, QUERY_LENS, SHORT, Batch, rows_of
 from cases import error_bar
 from vllm.platforms import current_platform
@@ -188,3 +189,39 @@ def test_thresholds_lie_where_kernels_were_compiled_for():
     rows = attention.device_thresholds(list(zip(params, (9, 9, 3), strict=True)), CPU)
     assert [row.tolist() for row in rows] == [[0.25] * 9, [0.5] * 9, [0.125] * 3]
     assert {(row.data_ptr() - rows[0].data_ptr()) % 16 for row in rows} == {0}
+
+
+def test_arguments_of_a_newer_vllm_reach_the_dense_backend(start, finished, monkeypatch):
+    """A sparse step has no use for them, and must not fail for their sake."""
+    (layer,) = (sparse := start()).layers
+    batch = Batch(layer)
+    expected = batch.attend(layer, sparse.builder.build(0, batch.common))
+    seen = []
+
+    def with_later(dense):
+        def method(self, *args, later=None, **kwargs):
+            seen.append(later)
+            return dense(self, *args, **kwargs)
+
+        return method
+
+    for owner, name in ((DENSE.get_impl_cls(), "forward"), (DENSE.get_builder_cls(), "build")):
+        monkeypatch.setattr(owner, name, with_later(getattr(owner, name)))
+    metadata = sparse.builder.build(common_prefix_len=0, common_attn_metadata=batch.common, later="in build")
+    assert seen[0] == "in build"
+    seen.clear()
+    out = torch.full_like(batch.query, torch.nan)
+    layer.impl.forward(
+        layer,
+        batch.query,
+        batch.key,
+        batch.value,
+        batch.cache,
+        metadata,
+        output=out,
+        output_scale=None,
+        later="forward",
+    )
+    assert out.equal(expected)
+    assert seen == ["forward"] * len(metadata.s2o.dense)
+    assert seen, "the step has no dense rows"

@@ -1,5 +1,6 @@
 """Texts: the same each time, as long as asked for, and one sentence where there is none."""
 
+import itertools
 import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,54 @@ def test_docstrings_come_in_the_order_of_the_file():
     assert list(text.docstrings("def (")) == []
 
 
+def test_dialogue_asks_for_functions_and_answers_with_their_docstrings():
+    source = (
+        'class A:\n    def b(self, *, c=1):\n        """What b does."""\n    d = 1\n'
+        'async def e(f: int):\n    def inner(): "i"\n    return f\n'
+    )
+    assert list(text.functions(source)) == [
+        text.Function("A.b", 2, "b(self, *, c=1)", "What b does."),
+        text.Function("e", 5, "e(f: int)", ""),
+    ]
+    assert list(text.functions("def (")) == []
+    spoken = next(
+        piece for piece in text.pieces("dialogue") if piece.startswith("User: I have a question about bisect")
+    )
+    assert "Assistant: Go ahead.\n\nUser: What does insort_right do?\n\nAssistant: Insert item x in list a" in spoken
+    assert "As insort_right(a, x, lo=0, hi=None, *, key=None), in line " in spoken
+    assert spoken.count("User: ") == spoken.count("Assistant: ")
+
+
+def test_tables_have_whole_rows_and_go_on_in_unicode():
+    tabular = list(itertools.islice(text.pieces("tables"), 40))
+    rows = [line for piece in tabular for line in piece.splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") and line.count("|") >= 5 for line in rows)
+    points = [line for piece in tabular for line in piece.splitlines() if line.startswith("U+")]
+    assert points[0] == "U+0020,SPACE,Zs,WS," and len(points) == len(set(points)) == 40 * text.UNICODE_ROWS
+    assert "U+00BD,VULGAR FRACTION ONE HALF,No,ON,0.5" in points
+
+
+@pytest.mark.parametrize("source", text.SOURCES)
+def test_the_parts_of_a_text_have_every_other_piece(source):
+    whole, chosen, held_out = (
+        list(itertools.islice(text.pieces(source, split), 20)) for split in (None, "choosing", "held-out")
+    )
+    assert chosen[:10] == whole[::2] and held_out[:10] == whole[1::2]
+
+
+def test_the_parts_of_ones_own_text_are_its_halves(tmp_path):
+    path = tmp_path / "own.txt"
+    path.write_text("one\ntwo\nthree\nfour\n")
+    parts = ["".join(text.pieces(str(path), split)) for split in ("choosing", "held-out", None)]
+    assert parts == ["one\ntwo\nthree\n", "four\n", "one\ntwo\nthree\nfour\n"]
+    path.write_text("a line without an end")
+    assert "".join(text.pieces(str(path))) == "a line without an end"
+    with pytest.raises(text.TextError, match=r"own\.txt \(held-out\) has 3 tokens, fewer than 4: give a longer one\.$"):
+        text.first_tokens(letters, str(path), 4, "held-out")
+    with pytest.raises(text.TextError, match=r"^A text has no part test: known are choosing and held-out\.$"):
+        text.first_tokens(letters, "code", 1, "test")
+
+
 @pytest.mark.parametrize("source", text.SOURCES)
 def test_a_text_has_as_many_tokens_as_asked_for_and_a_longer_one_begins_the_same(source):
     short, long = (text.first_tokens(letters, source, count) for count in (50, 3000))
@@ -66,7 +115,7 @@ def test_a_text_of_ones_own(tmp_path):
 
 def test_what_is_no_text_is_told_in_a_sentence(tmp_path):
     with pytest.raises(
-        text.TextError, match=r"^The text poetry cannot be read: No such file .*; known are code and pro"
+        text.TextError, match=r"^The text poetry cannot be read: No such file .*; known are code, prose, "
     ):
         text.first_tokens(letters, "poetry", 1)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")

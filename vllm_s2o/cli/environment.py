@@ -28,7 +28,7 @@ def describe() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
     return {
         "machine": machine,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -57,7 +57,8 @@ def _git(root: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """Cores and kind."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -8,19 +8,23 @@ YaRN. No tensor of tokens x tokens exists at any time, and only the chosen layer
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from vllm_s2o.config import ModelTraits, load_config
+from vllm_s2o.compat import MAX_HEAD_SIZE
+from vllm_s2o.config import ConfigError, ModelTraits, load_config
+from vllm_s2o.model import Model
 from vllm_s2o.quality.text import SOURCES, TextError, first_tokens
+from vllm_s2o.settings import traits_of
 
 NAME = "s2o_capture"
 """What the attention is registered as."""
@@ -67,8 +71,57 @@ def capture(
     Args:
         model: a directory, or a name that transformers knows.
         layers: which to keep; by default the first, the middle and the last of those that S2O's config makes sparse.
-        text: "code", "prose" or the path of a UTF-8 file.
+        text: one of text.SOURCES, or the path of a UTF-8 file.
         device: the GPU if there is one.
+
+    Raises:
+        CaptureError: in one sentence, whatever went wrong.
+    """
+    source = open_model(model, num_tokens)
+    layers = default_layers(source.traits) if layers is None else checked_layers(layers, source.traits)
+    ids = source.prompt(text, num_tokens)
+    found = attention_inputs(source.load(device), ids, layers)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    versions["python"] = platform.python_version()  # its text, too
+    return Capture(tuple(found), source.traits, num_tokens, source.rope_factor, text, versions)
+
+
+class Source(NamedTuple):
+    """A model whose weights are not loaded yet."""
+
+    config: Any
+    tokenizer: Any
+    traits: ModelTraits
+    rope_factor: float
+    """By which YaRN extends the context; 1 where the prompt fits into it."""
+
+    def prompt(self, text: str, num_tokens: int, split: str | None = None) -> list[int]:
+        """The beginning of a text, in tokens; `split` as in `text.pieces`.
+
+        Raises:
+            CaptureError: the text cannot be read, or is too short.
+        """
+        try:
+            return first_tokens(self.tokenizer, text, num_tokens, split)
+        except TextError as error:
+            raise CaptureError(str(error)) from error
+
+    def load(self, device: torch.device | None = None):
+        """The model, in bfloat16 on a GPU, in float32 on a CPU; by default on the GPU if there is one.
+
+        Raises:
+            CaptureError: the weights cannot be loaded.
+        """
+        from transformers import AutoModelForCausalLM
+
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        with _loading(self.traits.name):
+            return AutoModelForCausalLM.from_pretrained(self.traits.name, config=self.config, dtype=dtype).to(device)
+
+
+def open_model(model: str, num_tokens: int) -> Source:
+    """Read a model's config and tokenizer, for a prompt of `num_tokens`.
 
     Raises:
         CaptureError: in one sentence, whatever went wrong.
@@ -76,26 +129,25 @@ def capture(
     if num_tokens < 1:
         raise CaptureError(f"A prompt has at least 1 token, not {num_tokens}.")
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
     except ImportError as error:
         raise CaptureError(f"Capturing needs transformers, which cannot be imported: {_line(error)}") from error
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with _loading(model):
         config = AutoConfig.from_pretrained(model)
         traits = model_traits(model, config)
-        layers = default_layers(traits) if layers is None else _checked(layers, traits)
         rope_factor = extend_rope(config, num_tokens)
-        ids = first_tokens(AutoTokenizer.from_pretrained(model), text, num_tokens)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        loaded = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=dtype).to(device)
-    except TextError as error:
-        raise CaptureError(str(error)) from error
-    except (OSError, ValueError, AttributeError) as error:  # what transformers says of a model that it cannot load
+        return Source(config, AutoTokenizer.from_pretrained(model), traits, rope_factor)
+
+
+@contextlib.contextmanager
+def _loading(model: str) -> Iterator[None]:
+    """Turn what transformers says of a model that it cannot load into a sentence."""
+    try:
+        yield
+    except ConfigError as error:
+        raise CaptureError(str(error)) from None
+    except (OSError, ValueError, AttributeError) as error:
         raise CaptureError(f"The model {model} cannot be loaded: {_line(error)}") from error
-    found = attention_inputs(loaded, ids, layers)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-    versions["python"] = platform.python_version()  # its text, too
-    return Capture(tuple(found), traits, num_tokens, rope_factor, text, versions)
 
 
 def attention_inputs(model, ids: Sequence[int], layers: Sequence[int]) -> list[Layer]:
@@ -109,9 +161,27 @@ def attention_inputs(model, ids: Sequence[int], layers: Sequence[int]) -> list[L
     Raises:
         CaptureError: the model's attention is not plain causal attention, or does not go through the interface.
     """
+    found: list[Layer] = []
+    visit_layers(model, ids, layers, found.append)
+    by_index = {layer.index: layer for layer in found}
+    return [by_index[index] for index in layers]
+
+
+def visit_layers(model, ids: Sequence[int], layers: Collection[int], visit: Callable[[Layer], object]) -> None:
+    """Hand on what enters the attention of some layers while the model runs: none is kept here.
+
+    Args:
+        model, ids: as in `attention_inputs`.
+        visit: called with each of `layers` in the order in which the model runs them.
+
+    Raises:
+        CaptureError: as in `attention_inputs`.
+    """
     from transformers import AttentionInterface
 
-    found: dict[int, Layer] = {}
+    seen = set()
+    # transformers keeps what is registered: this lets go of the visitor, and of what it holds, when the model has run.
+    visitors = [visit]
 
     def attend(module, query, key, value, attention_mask, scaling=None, **options) -> tuple[torch.Tensor, None]:
         """query [1, num_heads, tokens, head_size] -> [1, tokens, num_heads, head_size]"""
@@ -121,7 +191,8 @@ def attention_inputs(model, ids: Sequence[int], layers: Sequence[int]) -> list[L
         if module.layer_idx in layers:
             # Copies: the model's own tensors would be kept whole, and may be views of one another.
             copies = (t[0].transpose(0, 1).to("cpu", copy=True).contiguous() for t in (query, key, value))
-            found[module.layer_idx] = Layer(module.layer_idx, *copies, scale)
+            visitors[0](Layer(module.layer_idx, *copies, scale))
+            seen.add(module.layer_idx)
         return _dense(query, key, value, scale).transpose(1, 2), None
 
     # A name that has no mask function gets no mask: of a long prompt, one would be larger than the model.
@@ -136,12 +207,12 @@ def attention_inputs(model, ids: Sequence[int], layers: Sequence[int]) -> list[L
         raise CaptureError(f"This GPU has too little memory for the model and {len(ids)} tokens.") from error
     finally:
         model.set_attn_implementation(before)
-    if missing := [index for index in layers if index not in found]:
+        visitors.clear()
+    if missing := [index for index in layers if index not in seen]:
         raise CaptureError(
             f"{type(model).__name__} ran without calling transformers' attention interface in layer {missing[0]}: "
             "its attention cannot be captured."
         )
-    return [found.pop(index) for index in layers]
 
 
 def _beside_causality(module, query: torch.Tensor, value: torch.Tensor, options: dict[str, Any]) -> str | None:
@@ -161,7 +232,7 @@ def _beside_causality(module, query: torch.Tensor, value: torch.Tensor, options:
         "attention sinks": options.get("s_aux") is not None,
         "position biases": options.get("position_bias") is not None,
         "values of another size than its keys": value.shape[-1] != head_size,
-        f"heads of size {head_size}": head_size > 256,
+        f"heads of size {head_size}": head_size > MAX_HEAD_SIZE,
     }
     return next((name for name, has in extras.items() if has), None)
 
@@ -208,16 +279,7 @@ def extend_rope(config, num_tokens: int) -> float:
 
 def model_traits(model: str, config) -> ModelTraits:
     """What S2O's config files are matched by, from transformers' config."""
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    return ModelTraits(
-        name=model,
-        architecture=(config.architectures or ["unknown"])[0],
-        num_layers=text.num_hidden_layers,
-        num_heads=heads,
-        num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
-    )
+    return traits_of(Model(model, Path(model), config, config.get_text_config()))
 
 
 def default_layers(traits: ModelTraits) -> list[int]:
@@ -229,7 +291,12 @@ def default_layers(traits: ModelTraits) -> list[int]:
     return sorted({sparse[0], sparse[len(sparse) // 2], sparse[-1]})
 
 
-def _checked(layers: Sequence[int], traits: ModelTraits) -> list[int]:
+def checked_layers(layers: Sequence[int], traits: ModelTraits) -> list[int]:
+    """Layers that a model has, sorted, each once.
+
+    Raises:
+        CaptureError: none is given, or the model lacks one.
+    """
     for index in layers:
         if not 0 <= index < traits.num_layers:
             raise CaptureError(f"There is no layer {index}: {traits.name} has layers 0 to {traits.num_layers - 1}.")

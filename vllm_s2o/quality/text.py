@@ -1,17 +1,28 @@
 """Real text of any length without a download: what every Python brings along.
 
-    code   the standard library's sources, file after file
-    prose  the language reference that help() shows, then the standard library's docstrings
+    code      the standard library's sources, file after file
+    prose     the language reference that help() shows, then the standard library's docstrings
+    dialogue  questions about the standard library's functions, answered from their docstrings and signatures
+    tables    the standard library's functions in one table for each module, rows of Unicode's tables between them
 
-Both are the same on every machine with the same Python. A path names a text of one's own.
+The words of all four are real, but nobody spoke the dialogue or typeset the tables: these are put together, always in
+the same way. All are the same on every machine with the same Python. A path names a text of one's own.
+
+What thresholds are chosen by must not be what they are judged by: a text has a part for each, of its pieces in turn.
 """
 
 import ast
+import itertools
 import sysconfig
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-SOURCES = ("code", "prose")
+SOURCES = ("code", "prose", "dialogue", "tables")
+
+SPLITS = ("choosing", "held-out")
+"""Parts of a text: no piece is in both, though some short docstrings are written more than once."""
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "ensurepip"}
 """Folders that some distributions lack, or that hold what others installed."""
@@ -21,22 +32,26 @@ class TextError(RuntimeError):
     """Why there is no such text, in one sentence."""
 
 
-def pieces(source: str) -> Iterator[str]:
+def pieces(source: str, split: str | None = None) -> Iterator[str]:
     """The text in order, piece by piece, so that a short one does not read all of it.
 
     Args:
-        source: "code", "prose" or the path of a UTF-8 file.
+        source: one of SOURCES, or the path of a UTF-8 file.
+        split: every other piece, one of SPLITS; None: all of them.
 
     Raises:
-        TextError: the file cannot be read, or this Python has no sources.
+        TextError: the file cannot be read, this Python has no sources, or there is no such part.
     """
-    if source == "code":
-        for name, text in library():
-            yield f"# {name}\n{text}\n"
-    elif source == "prose":
-        yield from prose()
-    else:
-        yield own(Path(source))
+    if split not in (None, *SPLITS):
+        raise TextError(f"A text has no part {split}: known are {' and '.join(SPLITS)}.")
+    known = {"code": code, "prose": prose, "dialogue": dialogue, "tables": tables}
+    found = known[source]() if source in known else own(Path(source))
+    yield from found if split is None else itertools.islice(found, SPLITS.index(split), None, 2)
+
+
+def code() -> Iterator[str]:
+    for name, text in library():
+        yield f"# {name}\n{text}\n"
 
 
 def library() -> Iterator[tuple[str, str]]:
@@ -78,16 +93,85 @@ def docstrings(text: str) -> Iterator[str]:
             yield doc
 
 
-def own(path: Path) -> str:
+class Function(NamedTuple):
+    """A function of the standard library, as its source says."""
+
+    name: str
+    """With its class, where it has one."""
+    line: int
+    signature: str
+    doc: str
+    """Empty where there is no docstring."""
+
+
+def functions(text: str) -> Iterator[Function]:
+    """Functions of a module and methods of its classes, from the top of the file to the end."""
     try:
-        return path.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+    except SyntaxError:
+        return
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    for outer in tree.body:
+        for node in outer.body if isinstance(outer, ast.ClassDef) else [outer]:
+            if isinstance(node, kinds):
+                prefix = f"{outer.name}." if node is not outer else ""
+                signature = f"{node.name}({ast.unparse(node.args)})"
+                yield Function(prefix + node.name, node.lineno, signature, ast.get_docstring(node) or "")
+
+
+ASKED = (
+    "What does {name} do?",
+    "Can you tell me what {name} is for?",
+    "I came across {name}. What is it?",
+    "How would I use {name}?",
+)
+
+
+def dialogue() -> Iterator[str]:
+    """A conversation for each module that documents its functions."""
+    for path, text in library():
+        turns = [f"User: I have a question about {path}.\n\nAssistant: Go ahead.\n\n"]
+        for count, function in enumerate(f for f in functions(text) if f.doc):
+            asked = ASKED[count % len(ASKED)].format(name=function.name)
+            turns.append(f"User: {asked}\n\nAssistant: {function.doc}\n\n")
+            called = f"As {function.signature}, in line {function.line}."
+            turns.append(f"User: And how is it called?\n\nAssistant: {called}\n\n")
+        if len(turns) > 1:
+            yield "".join(turns)
+
+
+UNICODE_ROWS = 24
+
+
+def tables() -> Iterator[str]:
+    """A table of each module's functions, followed by rows of Unicode's character table where the last ones ended."""
+    point = 0x20
+    for path, text in library():
+        rows = [f"| {f.name} | {f.line} | {f.signature} | {f.doc.partition(chr(10))[0]} |\n" for f in functions(text)]
+        if not rows:
+            continue
+        table = [f"Functions in {path}\n\n| name | line | signature | purpose |\n|---|---|---|---|\n", *rows]
+        table.append("\ncode point,name,category,bidirectional,numeric\n")
+        while len(table) < len(rows) + 2 + UNICODE_ROWS:
+            if name := unicodedata.name(char := chr(point), ""):
+                kind = f"{unicodedata.category(char)},{unicodedata.bidirectional(char)}"
+                table.append(f"U+{point:04X},{name},{kind},{unicodedata.numeric(char, '')}\n")
+            point = (point + 1) % 0x20000  # beyond, names are numbers
+        yield "".join(table) + "\n"
+
+
+def own(path: Path) -> Iterator[str]:
+    """A file in two pieces, cut at the line in its middle."""
+    try:
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise TextError(f"The text {path} is no UTF-8 file.") from None
     except OSError as error:
-        known = " and ".join(SOURCES)
         raise TextError(
-            f"The text {path} cannot be read: {error.strerror}; known are {known}, or the path of a file."
+            f"The text {path} cannot be read: {error.strerror}; known are {', '.join(SOURCES)}, or the path of a file."
         ) from None
+    middle = text.find("\n", len(text) // 2) + 1 or len(text) // 2
+    yield from (text[:middle], text[middle:])
 
 
 def beginning(parts: Iterable[str], num_chars: int) -> str:
@@ -101,19 +185,19 @@ def beginning(parts: Iterable[str], num_chars: int) -> str:
     return "".join(taken)[:num_chars]
 
 
-def first_tokens(tokenizer, source: str, count: int) -> list[int]:
+def first_tokens(tokenizer, source: str, count: int, split: str | None = None) -> list[int]:
     """The first `count` tokens of a text, with what the tokenizer sets before it.
 
     Args:
         tokenizer: one of transformers'.
-        source: "code", "prose" or the path of a UTF-8 file.
+        source, split: as in `pieces`.
 
     Raises:
         TextError: the text cannot be read, or is too short.
     """
     num_chars = 4 * count
     while True:
-        text = beginning(pieces(source), num_chars)
+        text = beginning(pieces(source, split), num_chars)
         # Far more than the model's context is no mistake here, and needs no warning.
         ids = tokenizer(text, verbose=False).input_ids
         if len(ids) > count:  # the last token may be half a word
@@ -122,5 +206,6 @@ def first_tokens(tokenizer, source: str, count: int) -> list[int]:
             break
         num_chars *= 2
     if len(ids) < count:
-        raise TextError(f"The text {source} has {len(ids)} tokens, fewer than {count}: give a longer one.")
+        part = f"{source} ({split})" if split else source
+        raise TextError(f"The text {part} has {len(ids)} tokens, fewer than {count}: give a longer one.")
     return ids

@@ -1,0 +1,187 @@
+"""S2O's rule (arXiv 2602.22575) and its variants: the history in ranked order, until a step gains too little.
+
+A variant differs in how keys are scored, in what they are sorted by, in whose gain is judged, or in how often. What
+ships is `kernels/naive.py`, and `S2O()` with the parameters of an `S2OParams` selects the same.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_s2o.kernels import naive
+
+from .rule import Head, Layout, Tile, UnitRule, UnitSelection, as_tensor, tiles_of
+
+TAUS = (0.0, *(round(2e-4 * 1.55**step, 6) for step in range(18)))
+"""Thresholds of a sweep, up to 0.34."""
+
+SUB_QUERIES = 16
+
+
+def kv_mean(head: Head, segment: slice, tile: slice) -> torch.Tensor:
+    """As shipped: one mean over the segment's queries of all heads that share the keys."""
+    return head.key[: segment.start] @ head.queries[segment].mean((0, 1))
+
+
+def head_mean(head: Head, segment: slice, tile: slice) -> torch.Tensor:
+    """The mean over the segment's queries of this head alone."""
+    return head.key[: segment.start] @ head.query[segment].mean(0)
+
+
+def tile_mean(head: Head, segment: slice, tile: slice) -> torch.Tensor:
+    """The mean over the tile's queries: a ranking for each tile, not for each segment."""
+    return head.key[: segment.start] @ head.query[tile].mean(0)
+
+
+def pooled(head: Head, segment: slice, tile: slice) -> torch.Tensor:
+    """16 means over neighbouring queries of the segment, each of which spreads the same mass over the history.
+
+    A key is scored by the logarithm of the mass that it gets from all of them: the mean softmax of the sub-queries.
+    """
+    parts = head.query[segment].tensor_split(min(SUB_QUERIES, segment.stop - segment.start))
+    queries = torch.stack([part.mean(0) for part in parts])
+    return (queries @ head.key[: segment.start].T * head.scale).log_softmax(-1).logsumexp(0)
+
+
+def variance(head: Head, segment: slice, tile: slice) -> torch.Tensor:
+    """The logarithm of a key's mean weight, if queries are normally distributed and independent in each dimension."""
+    query, key = head.query[segment], head.key[: segment.start]
+    spread = query.var(0, correction=0)
+    return head.scale * (key @ query.mean(0)) + 0.5 * head.scale**2 * (key.square() @ spread)
+
+
+RANKINGS = {"kv": kv_mean, "head": head_mean, "tile": tile_mean, "pooled": pooled, "variance": variance}
+"""Scores of a segment's history, [history]: the higher, the earlier. `tile` is where the tile's rows are."""
+
+
+@dataclass(frozen=True)
+class S2O(UnitRule):
+    """S2O with tiles of `tile` rows and key blocks of `key_block` keys; its looseness is the threshold tau."""
+
+    segment: int = 512
+    ranking: str = "kv"
+    stop_rule: str = "worst_row"
+    interval: int = 4
+    """Key blocks between two tests of the stop rule."""
+    num_classes: int | None = 32
+    """Importance classes, inside which keys stay in the order of positions; None: sorted by score."""
+    tile: int = 128
+    key_block: int = 64
+    values: tuple[float, ...] = TAUS
+
+    @property
+    def layouts(self) -> tuple:
+        return "s2o", self.segment, self.ranking, self.num_classes, self.key_block
+
+    def order(self, head: Head, tile: Tile) -> torch.Tensor:
+        """The history of a tile's segment, most important keys first: [history] positions."""
+        start = tile.first // self.segment * self.segment
+        segment = slice(start, min(start + self.segment, len(head.key)))
+        if not start:
+            return torch.zeros(0, dtype=torch.long, device=head.key.device)
+        scores = RANKINGS[self.ranking](head, segment, slice(tile.first, tile.end))
+        if self.num_classes is None:
+            return scores.argsort(descending=True)
+        return naive.importance_classes(scores, self.num_classes).to(torch.uint8).argsort(stable=True)
+
+    def select(self, head: Head, value: float) -> torch.Tensor:
+        """Step by step, with the online softmax of the kernels' oracle."""
+        tokens = len(head.key)
+        tiles = tiles_of(tokens, self.tile)
+        visited = torch.zeros(len(tiles), tokens, dtype=torch.bool, device=head.key.device)
+        for row, tile in zip(visited, tiles, strict=True):
+            order = self.order(head, tile)
+            row[len(order) :] = True  # its own segment; what comes after a query is masked by causality
+            at = torch.arange(tokens, device=order.device)
+            logits = head.query[tile.first : tile.end] @ head.key.T * head.scale
+            logits = logits.masked_fill(at > at[tile.first : tile.end, None], -math.inf)
+            softmax = naive.Softmax(len(logits), 0, order.device)
+            nothing = head.key[:, :0]
+            softmax.add(logits[:, len(order) : tile.end], nothing[len(order) : tile.end])
+            for keys in order.split(self.key_block * self.interval) if len(order) else ():
+                m, mass = softmax.m, softmax.l
+                softmax.add(logits[:, keys], nothing[keys])
+                row[keys] = True
+                gain = 1 - mass * torch.exp(m - softmax.m) / softmax.l
+                gain = gain.nan_to_num(0).clamp(min=0) / -(-len(keys) // self.key_block)
+                if (gain.max() if self.stop_rule == "worst_row" else gain.mean()) < value:
+                    break
+        return visited
+
+    def bind(self, head: Head) -> UnitSelection:
+        return _Ranked(self, head)
+
+
+class _Ranked(UnitSelection):
+    def __init__(self, rule: S2O, head: Head):
+        self.rule, self.head = rule, head
+        self.thresholds = as_tensor(rule.values, head.key)
+        self.ranked: tuple[Tile, torch.Tensor] | None = None
+        """The last ranking, and the tile that it was made for."""
+
+    def layout(self, tile: Tile) -> Layout:
+        rule = self.rule
+        start = tile.first // rule.segment * rule.segment
+        # Tiles come in order: those of one segment share its ranking, unless it is made for each tile.
+        if self.ranked is None or self.ranked[0].first < start or rule.ranking == "tile":
+            self.ranked = tile, rule.order(self.head, tile)
+        computed = -(-(tile.end - start) // rule.key_block) * rule.key_block
+        return Layout(start, self.ranked[1], rule.key_block, computed)
+
+    def picks(self, tile: Tile, inside: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+        visited = stops(self.thresholds, inside, units, self.rule.interval, self.rule.stop_rule)
+        return torch.arange(len(units), device=units.device) < visited[:, None]
+
+
+def stops(
+    thresholds: torch.Tensor, inside: torch.Tensor, units: torch.Tensor, interval: int, stop_rule: str
+) -> torch.Tensor:
+    """Key blocks that a tile visits at each threshold, [thresholds] int64: all of them from the same running gains.
+
+    Args:
+        inside: [rows], mass of the tile's own segment; units: [key blocks, rows], that of each block in its order.
+    """
+    count = len(units)
+    if not count:
+        return torch.zeros(len(thresholds), dtype=torch.long, device=units.device)
+    running = inside + units.cumsum(0)
+    ends = torch.arange(interval, count + interval, interval, device=units.device).clamp(max=count)  # after each step
+    after = running[ends - 1]
+    before = torch.cat([inside[None], after[:-1]])
+    steps = ends.diff(prepend=ends.new_zeros(1))
+    gain = (1 - before / after).nan_to_num(0).clamp(min=0) / steps[:, None]
+    judged = gain.amax(1) if stop_rule == "worst_row" else gain.mean(1)
+    stopped = judged < thresholds[:, None]
+    stopped[:, -1] = True  # at the end of the history
+    return ends[stopped.int().argmax(1)]
+
+
+def named(name: str, sizes: Sequence[int] = (128, 64)) -> S2O:
+    """`s2o_SEGMENT`, then any of a ranking, `mean_row`, `everyN` key blocks, and `sorted` by score.
+
+    Raises:
+        ValueError: no such variant.
+    """
+    prefix, _, rest = name.partition("_")
+    segment, *words = rest.replace("mean_row", "mean-row").split("_")
+    known = {"segment": int(segment)} if prefix == "s2o" and segment.isdigit() else None
+    for word in words if known else ():
+        if word in RANKINGS:
+            known["ranking"] = word
+        elif word == "mean-row":
+            known["stop_rule"] = "mean_row"
+        elif word.startswith("every") and word[5:].isdigit() and int(word[5:]):
+            known["interval"] = int(word[5:])
+        elif word == "sorted":
+            known["num_classes"] = None
+        else:
+            known = None
+            break
+    if not known or not known["segment"] or known["segment"] % sizes[0]:
+        raise ValueError(
+            f"There is no method {name}: variants of S2O are s2o_SEGMENT, a multiple of {sizes[0]}, followed by any of "
+            f"{', '.join(f'_{word}' for word in RANKINGS)}, _mean_row, _everyN (key blocks) and _sorted."
+        )
+    return S2O(**known, tile=sizes[0], key_block=sizes[1])
