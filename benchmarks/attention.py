@@ -281,7 +281,10 @@ def problems_of(captures: list[Capture], device: torch.device) -> Iterator[tuple
 
 
 def measure(
-    problems: Iterable[tuple[Problem, list[S2OParams | None]]], dense: list[str], peers: dict[str, Path]
+    problems: Iterable[tuple[Problem, list[S2OParams | None]]],
+    dense: list[str],
+    peers: dict[str, Path],
+    peers_at: list[int] | None,
 ) -> Iterator[dict]:
     """The rows of each problem, S2O's with each of its parameters first."""
     machine = describe()
@@ -291,7 +294,8 @@ def measure(
         found = [s2o_row(problem, params, exact, rows) for params in wanted]
         target = next((one["rel_error"] for one in found if "rel_error" in one), None)
         found += dense_rows(problem, dense, exact, rows)
-        found += peer_rows(problem, peers, exact, rows, target)
+        if peers_at is None or problem.num_tokens in peers_at:
+            found += peer_rows(problem, peers, exact, rows, target)
         medians = {one["provider"]: one["times"][1] for one in found if one["provider"] in DENSE and "times" in one}
         for one in found:
             row = as_row(one, problem, medians, machine)
@@ -344,6 +348,10 @@ def main() -> None:
         "--peer", type=parse_peer, action="append", default=[], metavar="NAME=PATH",
         help=f"another project's kernel, from its checkout; repeatable; names: {', '.join(PEERS)}",
     )  # fmt: skip
+    parser.add_argument(
+        "--peer-at", type=int, nargs="+", metavar="TOKENS",
+        help="lengths at which peers run, for each chooses its tiles anew there, which takes minutes (default: all)",
+    )  # fmt: skip
     model = parser.add_argument_group("inputs from a model")
     model.add_argument("--model", help="directory or name of a model, whose attention is captured")
     model.add_argument("--captured-at", type=int, nargs="+", metavar="TOKENS", help="default: 8192 32768")
@@ -358,6 +366,8 @@ def main() -> None:
     if min(lengths) < LLAMA_8B.page:
         parser.error(f"argument --captured-at: {min(lengths)} tokens do not fill a page of {LLAMA_8B.page}")
     peers = dict(options.peer)
+    if options.peer_at and not peers:
+        parser.error("--peer-at is of no use without --peer")
     if len(peers) < len(options.peer):
         parser.error("argument --peer: each name can be given once")
     if not torch.cuda.is_available():
@@ -377,13 +387,10 @@ def main() -> None:
         parser.exit(1, f"attention.py: {error}\n")
     problems = itertools.chain(made_problems(at, device), problems_of(captures, device))
     table = []
-    try:
-        for row in measure(problems, options.dense, peers):
-            table.append(row)
-    finally:
-        # A fault in a peer's kernel can end the process's use of the GPU: what was measured before is kept.
-        if table:
-            write(table, options.out)
+    for row in measure(problems, options.dense, peers, options.peer_at):
+        table.append(row)
+        # After every row: a fault in a peer's kernel can end the process's use of the GPU, a time limit the process.
+        write(table, options.out)
 
 
 if __name__ == "__main__":

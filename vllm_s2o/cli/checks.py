@@ -233,4 +233,3 @@ def _kernels(torch: Any, traits: ModelTraits | None, params: S2OParams, dtype: s
 
     heads, head_size = (traits.num_kv_heads, traits.head_size) if traits else (1, 128)
     return cuda.describe(torch.device("cuda", 0), getattr(torch, dtype or "bfloat16"), heads, head_size, params)
-
