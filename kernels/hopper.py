@@ -160,16 +160,6 @@ def _gather(
                 slot, base + j, True, keys, values, d, buffers, barriers, stride_block, stride_token, PAGE, STAGES
             )
 
-        # The next tile is taken long before this one ends, unless few are left: another program may be free earlier.
-        turn += 1
-        early = work + 2 * programs < num_works
-        if early:
-            work = programs + gl.atomic_add(Next, 1, sem="relaxed")
-            _announce(
-                work, num_works, turn, Query, Segments, Tiles, queries, tasks, task_full, task_free,
-                num_heads, stride_q_token, stride_q_head, GROUP, D, HALVES,
-            )  # fmt: skip
-
         # The halves begin a block before they know that there is none: the last one holds nothing.
         ranked = row * 0 + limit > 0
         slot = gl.load(ranking + gl.minimum(row, limit - 1), mask=ranked, other=0)
@@ -188,12 +178,14 @@ def _gather(
             unused = end_block.load(one).item()
             going = (i <= last) & ((unused <= base) | (i < unused + STAGES))
         base = i
-        if not early:
-            work = programs + gl.atomic_add(Next, 1, sem="relaxed")
-            _announce(
-                work, num_works, turn, Query, Segments, Tiles, queries, tasks, task_full, task_free,
-                num_heads, stride_q_token, stride_q_head, GROUP, D, HALVES,
-            )  # fmt: skip
+
+        # A ring of blocks is on its way: the next tile is taken while the halves still visit them.
+        turn += 1
+        work = programs + gl.atomic_add(Next, 1, sem="relaxed")
+        _announce(
+            work, num_works, turn, Query, Segments, Tiles, queries, tasks, task_full, task_free,
+            num_heads, stride_q_token, stride_q_head, GROUP, D, HALVES,
+        )  # fmt: skip
     async_copy.wait_group(0)
 
 

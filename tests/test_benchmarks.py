@@ -297,8 +297,6 @@ def test_commands_add_up(bench):
 @pytest.mark.parametrize(
     "name, value, arguments",
     [
-        ("commit", "def", ""),
-        ("changed", True, ""),
         ("machine", "another GPU", ""),
         ("vllm", "0.25.1", ""),
         ("server", ["--enforce-eager"], "--server=--enforce-eager"),
@@ -343,9 +341,12 @@ def test_a_file_of_another_kind_is_not_added_to(bench, held):
     assert (bench.commands, bench.out.read_text()) == ([], held)
 
 
-def test_changed_code_is_told_beside_the_commit(bench):
-    bench.environment["changed"] = True
-    assert columns(bench.run("throughput", "--providers s2o"), "commit") == [("abc+changes",)]
+def test_each_run_names_its_commit(bench):
+    """Results add up over days, and the code goes on meanwhile; changed code is told beside the commit."""
+    bench.run("latency", "--providers s2o")
+    bench.environment |= {"commit": "def", "changed": True}
+    rows = bench.run("latency", "--providers flash_attn --add")
+    assert columns(rows, "backend", "commit") == [("flash_attn", "def+changes"), ("s2o", "abc")]
 
 
 def test_an_interrupted_command_keeps_what_it_measured(bench):
