@@ -3,6 +3,7 @@
 
     python benchmarks/attention.py --out benchmarks/results/attention.csv [--at 32768:0.15 131072:0.1]
                                    [--peer pbs=PATH --peer flashprefill=PATH --peer flexprefill=PATH]
+                                   [--peer flashprefill2=PATH]
                                    [--model MODEL --captured-at 8192 32768 --layers 1 15 29 --text code]
 
 All providers run in one process on the same problem. Before one is timed, its result is checked: dense kernels against
@@ -206,10 +207,11 @@ def peer_row(peer: Peer, value: float, error: Callable[[torch.Tensor], float]) -
     rel_error = error(run())
     if not rel_error < PEER_ERROR:
         raise RuntimeError(f"its result is not attention: its error is {rel_error:.1e}")
-    return dict(
-        density=round(peer.density(value), 4), threshold=f"{value:.5g}", times=quantiles(run), rel_error=rel_error,
-        extra_mib=extra_mib(run),
-    )  # fmt: skip
+    found = dict(
+        density=round(peer.density(value), 4), threshold=f"{value:.5g}", times=quantiles(run), rel_error=rel_error
+    )
+    peer.forget()
+    return dict(found, extra_mib=extra_mib(run))
 
 
 def rows_of_peer(peer: Peer, error: Callable[[torch.Tensor], float], target: float | None) -> Iterator[dict]:

@@ -4,7 +4,8 @@ checkout lies, and it is imported when it is asked for.
 A peer's own parameter trades error for density. `at` gives it for a looseness between 0 (everything is visited) and 1,
 so that one search serves all of them. What cannot run raises ImportError or RuntimeError with one sentence.
 
-XAttention is not among them: its attention is a CUDA extension (block_sparse_attn); FlexPrefill's is Triton.
+FlashPrefill V2's attention is a CUDA extension, for which its checkout must have been built. XAttention's is one too
+(block_sparse_attn), and is not among them.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ import torch
 from inputs import Problem
 
 BLOCK = 128
-"""Queries and keys in one block of a peer's mask: the default of all three."""
+"""Queries and keys in one block of a peer's mask: the default of all. FlashPrefill V2 counts a query once a head."""
 
 
 def reason(error: BaseException) -> str:
@@ -68,16 +69,17 @@ def recorded(module: types.ModuleType, name: str) -> Iterator[list]:
         setattr(module, name, function)
 
 
-def density(before: torch.Tensor, num_tokens: int, diagonal: int = BLOCK) -> float:
+def density(before: torch.Tensor, num_tokens: int, diagonal: int = BLOCK, queries: int = BLOCK) -> float:
     """Selected causal pairs / causal pairs.
 
     Args:
         before: [num_heads, blocks], for each block of queries how many whole blocks of keys before its diagonal square
             are selected.
         diagonal: side of the squares on the diagonal, whose causal half is always selected.
+        queries: how many a block of them has.
     """
     heads, blocks = before.shape
-    rows = (num_tokens - torch.arange(blocks, device=before.device) * BLOCK).clamp(max=BLOCK)
+    rows = (num_tokens - torch.arange(blocks, device=before.device) * queries).clamp(max=queries)
     pairs = (before.long() * rows).sum().item() * BLOCK
     squares, rest = divmod(num_tokens, diagonal)
     pairs += heads * (squares * diagonal * (diagonal + 1) + rest * (rest + 1)) // 2
@@ -106,6 +108,9 @@ class Peer:
             self.attend(value)
             # A short sequence is left to dense attention, without a selection.
             return density(*self.before(results[0])) if results else 1.0
+
+    def forget(self) -> None:
+        """Free what one run leaves for the next, so that a run's memory is seen whole."""
 
 
 class PBS(Peer):
@@ -187,6 +192,76 @@ class FlashPrefill(Peer):
         return result[1][0].T - 1, self.problem.num_tokens  # [blocks, num_heads], the diagonal block among them
 
 
+class FlashPrefillV2(Peer):
+    """qhfan/FlashPrefillv2: blocks whose summed score is at least `abs_threshold` times the largest, with the values of
+    its README. They are chosen once for each KV head and 128 rows, a row being one query of one head of the group.
+    Blocks that are not selected take part by the means of their keys and values, which the density does not count.
+
+    [tokens, heads, head_size], and the paged cache as it is, read as pages of one token: so its server does, and for
+    that its kernels are tuned. It corrects by means only where 64 does not divide the page. Its checkout must have been
+    built in place.
+    """
+
+    default = 0.1
+    dense = 0.0  # a score is never less than nothing
+    selects = "build_block_sparse_index_fast"
+    page = 1
+    corrected = True
+
+    def load(self, path: Path) -> None:
+        folder = path / "flashprefill_ops"
+        if not (folder / "flashprefill").is_dir():
+            raise ImportError(f"there is no {folder / 'flashprefill'}")
+        p, shape = self.problem, self.problem.shape
+        if shape.head_size not in (128, 256):
+            raise RuntimeError(f"it has no kernel for heads of {shape.head_size}")
+        # Its launches end the process where they fail.
+        if p.query.is_cuda and torch.cuda.get_device_capability(p.query.device) != (9, 0):
+            raise RuntimeError("its kernels run on Hopper GPUs only")
+        sys.path.insert(0, str(folder))
+        try:
+            self.module = importlib.import_module("flashprefill.prefill")
+        finally:
+            sys.path.remove(str(folder))
+        self.operator = self.module.FlashPrefill(
+            k_block_m=BLOCK, k_block_n=BLOCK, attention_sink=2, window_size=4, last_n_blocks=8,
+            use_mean_correction=self.corrected,
+        )  # fmt: skip
+        self.key, self.value = (t.flatten(0, 1).unflatten(0, (-1, self.page)) for t in (p.key_cache, p.value_cache))
+        parts = shape.page // self.page
+        self.table = (p.block_table[..., None] * parts + torch.arange(parts, device=p.query.device)).flatten(1).int()
+        self.lengths = torch.full((1,), p.num_tokens, dtype=torch.int32, device=p.query.device)
+        self.starts = torch.tensor([0, p.num_tokens], dtype=torch.int32, device=p.query.device)
+
+    def at(self, looseness: float) -> float:
+        return looseness
+
+    def attend(self, value: float) -> torch.Tensor:
+        p = self.problem
+        self.operator.abs_threshold = value
+        return self.operator(
+            p.query, self.key, self.value, self.table, self.lengths, self.starts, q_lens=(p.num_tokens,),
+            max_cache_seqlen=p.num_tokens,
+        )  # fmt: skip
+
+    def before(self, result: tuple) -> tuple:
+        # For each KV head and block of rows a list of the selected keys in tiles of 64, two to a block but for the
+        # sequence's last. A block of rows selects its whole diagonal: the blocks of its first row to those of its last.
+        ends, tiles, blocks = result[:3]
+        shape, num_tokens = self.problem.shape, self.problem.num_tokens
+        group = shape.num_heads // shape.num_kv_heads
+        first = torch.arange(blocks, device=ends.device) * BLOCK // group // BLOCK
+        lists = torch.arange(len(ends) - 1, device=ends.device).repeat_interleave(ends.diff())
+        whole = tiles[: len(lists)] // 2 < first[lists % blocks]
+        selected = torch.bincount(lists[whole], minlength=len(ends) - 1).view(-1, blocks) // 2
+        row = torch.arange(num_tokens * group, device=ends.device)
+        before = selected[:, row // BLOCK] + row // group // BLOCK - first[row // BLOCK]
+        return before.view(-1, num_tokens, group).transpose(1, 2).flatten(0, 1), num_tokens, BLOCK, 1
+
+    def forget(self) -> None:
+        self.operator.clear_workspaces()
+
+
 class FlexPrefill(Peer):
     """ByteDance-Seed/FlexPrefill: vertical and slash blocks, or blocks by pooled scores, that cover `gamma` of the
     mass, with the values of its README. [batch, tokens, heads, head_size], GQA."""
@@ -214,4 +289,6 @@ class FlexPrefill(Peer):
         return torch.stack([torch.bincount(r, minlength=blocks) for r in rows]), self.problem.num_tokens
 
 
-PEERS: dict[str, type[Peer]] = {"pbs": PBS, "flashprefill": FlashPrefill, "flexprefill": FlexPrefill}
+PEERS: dict[str, type[Peer]] = {
+    "pbs": PBS, "flashprefill": FlashPrefill, "flashprefill2": FlashPrefillV2, "flexprefill": FlexPrefill,
+}  # fmt: skip

@@ -4,6 +4,7 @@ import csv
 import importlib
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,6 +44,37 @@ def flash_prefill(q, k, v, out, block_size, attention_sink, window_size, alpha, 
     out.copy_(q)
 """,
     ),
+    "flashprefill2": (
+        "flashprefill_ops/flashprefill/prefill.py",
+        """
+import torch
+
+def build_block_sparse_index_fast():
+    counts = selection.sum(-1).flatten()
+    ends = counts.new_zeros(len(counts) + 1).int()
+    ends[1:] = counts.cumsum(0)
+    tiles = selection.flatten(0, 1).nonzero()[:, 1].int()
+    spare = tiles.new_full((7,), 0)  # more room than the lists take
+    return ends, torch.cat([tiles, spare]), selection.shape[1], None
+
+class FlashPrefill:
+    kept = None
+
+    def __init__(self, k_block_m, k_block_n, attention_sink, window_size, last_n_blocks, use_mean_correction):
+        assert (k_block_m, k_block_n, attention_sink, window_size, last_n_blocks) == (128, 128, 2, 4, 8)
+        assert use_mean_correction
+
+    def __call__(self, q, k, v, page_table, cache_seqlens, cu_seqlens_q, q_lens, max_cache_seqlen):
+        assert cu_seqlens_q.tolist() == [0, *q_lens] and cache_seqlens.tolist() == [max_cache_seqlen] == [len(q)]
+        assert 0 <= self.abs_threshold <= 1
+        self.kept = [cache[page_table[0]].flatten(0, 1) for cache in (k, v)]
+        build_block_sparse_index_fast()
+        return q
+
+    def clear_workspaces(self):
+        self.kept = None
+""",
+    ),
     "flexprefill": (
         "flex_prefill/ops/flex_prefill_attention.py",
         """
@@ -57,6 +89,8 @@ def flex_prefill_attention(q, k, v, gamma, tau, min_budget, block_size):
     ),
 }
 """Checkouts with the functions that are called, where the peers have them, and no attention inside."""
+PACKAGES = ("pbs_attn", "flashprefill")
+"""What is imported by its package's name, not by its file."""
 
 
 @pytest.fixture
@@ -67,7 +101,7 @@ def benchmark(monkeypatch):
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield importlib.import_module("attention")
-    for name in [name for name in sys.modules if name in names or name.partition(".")[0] == "pbs_attn"]:
+    for name in [name for name in sys.modules if name in names or name.partition(".")[0] in PACKAGES]:
         del sys.modules[name]
 
 
@@ -88,8 +122,8 @@ def checkout(tmp_path):
 @pytest.mark.parametrize(
     "entries, said",
     [
-        (["pbs"], "'pbs' is not NAME=PATH with a name among pbs, flashprefill, flexprefill"),
-        (["other=."], "'other=.' is not NAME=PATH with a name among pbs, flashprefill, flexprefill"),
+        (["pbs"], "'pbs' is not NAME=PATH with a name among pbs, flashprefill, flashprefill2, flexprefill"),
+        (["other=."], "'other=.' is not NAME=PATH with a name among pbs, flashprefill, flashprefill2, flexprefill"),
         (["pbs=/not/there"], "'/not/there' is no folder: the path of pbs is a checkout of its repository"),
         (["pbs=.", "pbs=."], "each name can be given once"),
     ],
@@ -107,7 +141,7 @@ def test_a_peer_is_a_name_and_a_path(benchmark, tmp_path):
     assert benchmark.parse_peer(f"pbs={tmp_path}") == ("pbs", tmp_path)
 
 
-@pytest.mark.parametrize("name", FAKES)
+@pytest.mark.parametrize("name", sorted(FAKES.keys() - {"flashprefill2"}))
 def test_density_counts_the_causal_pairs_of_the_selection(benchmark, problem, checkout, name):
     peer = benchmark.PEERS[name](problem, checkout)
     assert "fla" not in sys.modules
@@ -123,6 +157,53 @@ def test_density_counts_the_causal_pairs_of_the_selection(benchmark, problem, ch
     peer.module.selection = selection
     assert peer.density(peer.default) == pytest.approx((visited & causal).sum().item() / (HEADS * causal.sum().item()))
     assert torch.equal(peer.run(peer.default), problem.query)
+
+
+@pytest.fixture
+def packed(benchmark, checkout):
+    """FlashPrefill V2 on a problem of four KV heads, each of which serves so many heads."""
+
+    def packed(group, head_size=128):
+        shape = sys.modules["inputs"].Shape("small", 4 * group, 4, head_size)
+        problem = benchmark.make_problem(shape, TOKENS, torch.device("cpu"), dtype=torch.float32)
+        return benchmark.PEERS["flashprefill2"](problem, checkout)
+
+    return packed
+
+
+@pytest.mark.parametrize("group", [1, 3, 4])
+def test_density_counts_the_pairs_of_rows_that_heads_share(packed, group):
+    peer = packed(group)
+    torch.manual_seed(0)
+    row = torch.arange(TOKENS * group)
+    query, block = row // group, row // 128
+    mine = torch.zeros(int(block[-1]) + 1, 5, dtype=torch.bool)
+    mine[block, query // 128] = True
+    # Past the diagonal nothing is selected but the rest of a block; past the end not even that.
+    choice = (torch.rand(4, len(mine), 5) < 0.5) & (torch.arange(5) < mine.int().argmax(1)[:, None]) | mine
+    peer.module.selection = choice.repeat_interleave(2, -1)[..., : -(-TOKENS // 64)]
+    key = torch.arange(TOKENS)
+    visited = choice[:, block[:, None], key // 128] & (key <= query[:, None])
+    pairs = 4 * group * TOKENS * (TOKENS + 1) / 2
+    assert peer.density(peer.default) == pytest.approx(visited.sum().item() / pairs)
+
+
+@pytest.mark.parametrize("page", [1, 16])
+def test_the_paged_cache_is_read_where_it_is(packed, monkeypatch, page):
+    monkeypatch.setattr(sys.modules["peers"].FlashPrefillV2, "page", page)
+    peer = packed(2)
+    peer.module.selection = torch.ones(4, 9, 9, dtype=torch.bool)
+    assert torch.equal(peer.run(peer.default), peer.problem.query)
+    assert peer.key.shape == (TOKENS // page, page, 4, 128)
+    assert peer.key.data_ptr() == peer.problem.key_cache.data_ptr()
+    assert all(map(torch.equal, peer.operator.kept, (peer.problem.key, peer.problem.value)))
+    peer.forget()
+    assert peer.operator.kept is None
+
+
+def test_heads_of_a_size_without_a_kernel_are_refused(packed):
+    with pytest.raises(RuntimeError, match="it has no kernel for heads of 64"):
+        packed(1, head_size=64)
 
 
 @pytest.mark.parametrize("target", [0.3, 1e-3, 2e-5])
@@ -199,6 +280,19 @@ def test_a_peer_has_a_row_at_its_defaults_and_one_at_matched_error(rows_of):
     assert second["note"] == "matched error"
     assert float(second["rel_error"]) == pytest.approx(1e-3, rel=0.1)
     assert float(second["threshold"]) == pytest.approx(1e-3**0.5, rel=0.05)
+
+
+def test_memory_is_that_of_a_run_to_which_nothing_was_left(benchmark, monkeypatch):
+    steps = []
+    peer = SimpleNamespace(
+        run=lambda value: steps.append("run"),
+        density=lambda value: steps.append("count") or 0.5,
+        forget=lambda: steps.append("forget"),
+    )
+    monkeypatch.setattr(benchmark, "quantiles", lambda run: run())
+    monkeypatch.setattr(benchmark, "extra_mib", lambda run: steps.append("measure"))
+    benchmark.peer_row(peer, 0.1, lambda out: 0.0)
+    assert steps == ["run", "count", "run", "forget", "measure"]
 
 
 def test_an_error_that_is_not_reached_is_called_the_closest(rows_of):
