@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from vllm_s2o.cli.server import Server
-from vllm_s2o.stats import prefills
+from vllm_s2o.stats import pairs
 
 FLAG = ("--attention-backend", "CUSTOM")
 PROVIDERS = {
@@ -44,13 +44,9 @@ def step_tokens(log: str) -> int | None:
 
 
 def density(log: str, before: int = 0) -> float | None:
-    """Of all steps that a log tells of after its first `before` characters, by their running totals: of steps that
-    follow each other closely only the last one has a line. None where there is none."""
-    steps, earlier = prefills(log), prefills(log[:before])
-    visited, causal = (earlier[-1].visited, earlier[-1].causal) if earlier else (0, 0)
-    if not steps or steps[-1].causal == causal:
-        return None
-    return round((steps[-1].visited - visited) / (steps[-1].causal - causal), 3)
+    """Of all steps that a log tells of after its first `before` characters; None where there is none."""
+    visited, causal = pairs(log, before)
+    return round(visited / causal, 3) if causal else None
 
 
 SHAPES = {

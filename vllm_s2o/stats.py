@@ -168,3 +168,14 @@ def prefills(log: str) -> list[Prefill]:
         lengths = (tuple(int(n) for n in re.findall(r"\d+", text)) for text in (query, seq))
         found.append(Prefill(*lengths, float(density), *map(int, numbers)))
     return found
+
+
+def pairs(log: str, since: int = 0) -> tuple[int, int]:
+    """Visited and causal pairs of all steps that a server's log tells of after its first `since` characters.
+
+    By the running totals: of steps that follow each other closely only the last one has a line. Both are 0 where no
+    step is told of.
+    """
+    steps, earlier = prefills(log), prefills(log[:since])
+    visited, causal = (earlier[-1].visited, earlier[-1].causal) if earlier else (0, 0)
+    return (steps[-1].visited - visited, steps[-1].causal - causal) if steps else (0, 0)

@@ -1,0 +1,99 @@
+"""The answers that were given, in a file that grows by a line for each, so that a run that was cut off goes on."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .prompt import TaskError
+
+Key = tuple[str, str, int, int]
+"""Backend, task, length, index."""
+
+
+class Answer(NamedTuple):
+    text: str
+    score: float
+    """Between 0 and 1."""
+    prompt_tokens: int
+    tries: int
+    """1 where the first request was answered."""
+
+
+class Answers:
+    """What is kept beside the table.
+
+    The first line holds the settings, which must not change. Then come answers, and, for those asked together, the
+    pairs of queries and keys that their prefills visited and those that they could have. A last line that was cut off
+    is dropped.
+
+    Args:
+        path: the file; it and its folder are made if they are missing.
+        settings: what every answer depends on but its key.
+
+    Raises:
+        TaskError: the file holds something else, or answers under other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path = path
+        self.found: dict[Key, Answer] = {}
+        self.pairs: dict[tuple[str, str, int], tuple[int, int]] = {}
+        """(visited, causal) by backend, task and length, of the prefills that a log told of."""
+        settings = json.loads(json.dumps(settings))
+        try:
+            whole = path.read_bytes() if path.exists() else b""
+            whole = whole[: whole.rfind(b"\n") + 1]
+            lines = [json.loads(line) for line in whole.splitlines()]
+            for line in lines[1:]:
+                self._take(line)
+            kept = lines[0]["settings"].items() if lines else settings.items()
+        except OSError as error:
+            raise TaskError(f"Cannot read {path}: {error.strerror}.") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TaskError(f"{path} holds no answers: remove it, or name another --out.") from error
+        if other := [name for name, value in kept if settings.get(name) != value]:
+            raise TaskError(f"The answers in {path} have other {other[0]}: remove it, or name another --out.")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(whole)
+            if not lines:
+                self._append([{"settings": settings}])
+        except OSError as error:
+            raise TaskError(f"Cannot write {path}: {error.strerror}.") from error
+
+    def add(
+        self, backend: str, given: Iterable[tuple[tuple[str, int, int], Answer]], pairs: tuple[int, int] | None
+    ) -> None:
+        """Keep answers that were asked together.
+
+        Args:
+            given: task, length and index of each, all of one task and length.
+            pairs: visited and causal ones of their prefills, both 0 where all ran dense; None where nobody knows.
+        """
+        lines = [{"key": [backend, *key], "answer": answer._asdict()} for key, answer in given]
+        if pairs is not None:
+            lines[-1]["pairs"] = pairs
+        for line in lines:
+            self._take(line)
+        self._append(lines)
+
+    def density(self, backend: str, groups: Iterable[tuple[str, int]]) -> float | None:
+        """Of the sparse prefills of some tasks at some lengths: 1 where all ran dense, None where nobody knows."""
+        known = [self.pairs[backend, *group] for group in groups if (backend, *group) in self.pairs]
+        visited, causal = (sum(pair) for pair in zip(*known, strict=True)) if known else (0, 0)
+        return (visited / causal if causal else 1.0) if known else None
+
+    def _take(self, line: dict[str, Any]) -> None:
+        backend, task, length, index = line["key"]
+        self.found[backend, task, int(length), int(index)] = Answer(**line["answer"])
+        if "pairs" in line:
+            before = self.pairs.get((backend, task, length), (0, 0))
+            self.pairs[backend, task, length] = tuple(map(sum, zip(before, line["pairs"], strict=True)))
+
+    def _append(self, lines: list[dict[str, Any]]) -> None:
+        try:
+            with self.path.open("a") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+        except OSError as error:
+            raise TaskError(f"Cannot write {self.path}: {error.strerror}.") from error

@@ -1,0 +1,101 @@
+"""The servers that are asked: each backend's, started and ended here, or one that runs already."""
+
+import contextlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...cli.server import Server, ServerError
+from ...stats import LOG_INTERVAL, pairs
+from ..capture import Source
+from .answers import Answer
+from .client import Client
+from .prompt import Prompt, TaskError
+
+FLAGS = {"s2o": ("--attention-backend", "CUSTOM"), "dense": ()}
+"""By the name that the table uses. Without a flag, vLLM chooses its own backend."""
+START_SECONDS = 600
+CPU_CACHE = {"VLLM_CPU_KVCACHE_SPACE": "2"}
+"""GiB, unless the environment says something else; nothing on a GPU."""
+
+
+@dataclass
+class Backend:
+    """A server that answers."""
+
+    client: Client
+    log: Callable[[], str] | None = None
+    """What the server has said so far; None where nobody knows."""
+
+    def ask(self, prompts: Sequence[Prompt]) -> tuple[list[Answer], tuple[int, int] | None]:
+        """Answers, and the visited and causal pairs of their prefills; None where nobody knows."""
+        before = len(self.log()) if self.log else 0
+        answers = self.client.ask(prompts)
+        if self.log is None:
+            return answers, None
+        time.sleep(2 * LOG_INTERVAL)  # lines are held back: the next prompts' must not take their place
+        return answers, pairs(self.log(), before)
+
+
+@contextlib.contextmanager
+def started(
+    backend: str, model: str, args: Sequence[str], logs: Path | None = None, concurrency: int = 1
+) -> Iterator[Backend]:
+    """A server of ours, gone afterwards.
+
+    Args:
+        args: for `vllm serve`, beside the backend's flag.
+        logs: folder that keeps its log.
+
+    Raises:
+        TaskError: it does not come up.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = logs or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        env = {name: value for name, value in CPU_CACHE.items() if name not in os.environ}
+        # A prompt of one backend must not be answered from what an earlier prompt left.
+        args = ["--no-enable-prefix-caching", *FLAGS[backend], *args]
+        server = Server(model, folder / f"tasks-{backend}.log", args, env, name="model", start_seconds=START_SECONDS)
+        try:
+            with server:
+                client = Client(str(server.client.base_url), "model", concurrency)
+                yield Backend(client, lambda: server.log)
+                client.close()
+        except ServerError as error:
+            reason = str(error).strip().splitlines()
+            raise TaskError(f"The server of {backend} does not come up: {reason[0]} ... {reason[-1]}") from error
+
+
+@contextlib.contextmanager
+def running(url: str, name: str | None, log: Path | None = None, concurrency: int = 1) -> Iterator[Backend]:
+    """A server of someone else's.
+
+    Args:
+        name: as in `Client`.
+        log: the file that it writes its log to.
+
+    Raises:
+        TaskError: there is none, or no such file.
+    """
+    if log and not log.is_file():
+        raise TaskError(f"There is no log {log}.")
+    client = Client(url, name, concurrency)
+    yield Backend(client, (lambda: log.read_text(errors="replace")) if log else None)
+    client.close()
+
+
+def extension(source: Source, length: int) -> list[str]:
+    """Arguments of a server that extend a model's context by YaRN; none where `length` fits into it.
+
+    Args:
+        source: the model, opened for `length` tokens.
+    """
+    if source.rope_factor == 1:
+        return []
+    overrides = {"rope_parameters": source.config.get_text_config().rope_parameters}
+    return ["--hf-overrides", json.dumps(overrides), "--max-model-len", str(length)]

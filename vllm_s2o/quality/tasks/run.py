@@ -1,0 +1,174 @@
+"""All prompts to all backends, as far as they are not answered yet, and the table of what they answered."""
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from ..capture import open_model
+from . import suite, table
+from .answers import Answers
+from .backends import FLAGS, Backend, extension, running, started
+from .external import File
+from .prompt import Framing, Prompt, TaskError
+
+LENGTHS = (1024, 2048, 4096, 8192)
+BATCH = 8
+"""Prompts that are asked before their answers are kept."""
+
+
+class Sources:
+    """Where prompts come from, by task and length, made once for all backends.
+
+    Args:
+        files: external samples; all other tasks are generated.
+    """
+
+    def __init__(self, framing: Framing, seed: int, files: Iterable[File] = ()):
+        self.framing, self.seed = framing, seed
+        self.files = {file.task: file for file in files}
+        self._made: dict[tuple[str, int, int], Prompt] = {}
+
+    def prompts(self, task: str, length: int, indices: Sequence[int]) -> list[Prompt]:
+        new = [index for index in indices if (task, length, index) not in self._made]
+        if task in self.files:
+            made = self.files[task].prompts(length, new, self.framing)
+        else:
+            made = suite.prompts(task, length, new, self.framing, self.seed)
+        self._made |= {prompt.key: prompt for prompt in made}
+        return [self._made[task, length, index] for index in indices]
+
+
+def ask(backend: str, asked: Backend, sources: Sources, left: dict[table.Group, list[int]], answers: Answers) -> None:
+    """Ask what is left, and keep the answers.
+
+    Args:
+        left: indices by task and length.
+    """
+    from tqdm import tqdm
+
+    longest = max(length for _, length in left)
+    if asked.client.longest is not None and longest > asked.client.longest:
+        raise TaskError(f"{asked.client.url} takes {asked.client.longest} tokens at most, not {longest}.")
+    # Tokens, not prompts: the longer the later. Attention to long ones makes them take still longer.
+    tokens = sum(length * len(indices) for (_, length), indices in left.items())
+    shown = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left"
+    with tqdm(total=tokens, bar_format=shown, smoothing=0) as bar:
+        for (task, length), indices in left.items():
+            bar.set_description(f"{backend}, {task} at {length}")
+            for first in range(0, len(indices), BATCH):
+                prompts = sources.prompts(task, length, indices[first : first + BATCH])
+                given, pairs = asked.ask(prompts)
+                answers.add(backend, [(p.key, a) for p, a in zip(prompts, given, strict=True)], pairs)
+                bar.update(length * len(prompts))
+
+
+def numbers(lengths: Sequence[int], samples: Sequence[int]) -> dict[int, int]:
+    """Samples by length: one number for all of them, or one each.
+
+    Raises:
+        TaskError: there are more or fewer, or one is no number of samples.
+    """
+    if len(samples) not in (1, len(lengths)):
+        raise TaskError(f"Give one number of samples, or one for each of the {len(lengths)} lengths.")
+    if not lengths or min((*lengths, *samples)) < 1:
+        raise TaskError("At least one length must be given, and lengths and numbers of samples are 1 or more.")
+    return dict(zip(lengths, samples if len(samples) > 1 else samples * len(lengths), strict=True))
+
+
+def measure(
+    model: str,
+    out: Path,
+    *,
+    tasks: Sequence[str] = suite.TASKS,
+    files: Sequence[File] = (),
+    lengths: Sequence[int] = LENGTHS,
+    samples: Sequence[int] = (2,),
+    backends: Sequence[str] = tuple(FLAGS),
+    seed: int = 0,
+    chat: bool = True,
+    concurrency: int = 1,
+    server: Sequence[str] = (),
+    logs: Path | None = None,
+    url: str | None = None,
+    name: str | None = None,
+    log: Path | None = None,
+) -> tuple[list[table.Row], int]:
+    """Ask what is not answered yet, write the table, and return its rows and the number of repeated requests.
+
+    Args:
+        model: a directory, or a name that transformers knows; its tokenizer makes the prompts.
+        tasks: of `suite.TASKS`.
+        files: external samples, asked at the longest of `lengths`, each file's first `samples` or all that it has.
+        lengths: tokens of prompt and answer together. Beyond the model's context, servers extend it by YaRN.
+        samples: of each task: one number, or one for each length.
+        backends: of FLAGS; with `url`, one name of your own for what is asked there.
+        concurrency: requests at a time. More than one at a time share steps, in which prompts are cut elsewhere.
+        server: further arguments of `vllm serve`.
+        logs: folder that keeps the servers' logs.
+        url, name, log: a server that runs already, as `backends.running` takes it.
+
+    Raises:
+        TaskError, CaptureError: in one sentence, whatever went wrong.
+    """
+    if unknown := [task for task in tasks if task not in suite.TASKS]:
+        raise TaskError(f"There is no task {unknown[0]}: known are {', '.join(suite.TASKS)}.")
+    if url and len(backends) != 1:
+        raise TaskError("A server that runs already is one backend: name it, with --backends.")
+    if not url and (unknown := [backend for backend in backends if backend not in FLAGS]):
+        raise TaskError(f"There is no backend {unknown[0]} to start: known are {', '.join(FLAGS)}.")
+    counts = numbers(lengths, samples)
+    longest = max(lengths)
+    groups = {(task, length): counts[length] for length in sorted(counts) for task in dict.fromkeys(tasks)}
+    groups |= {(file.task, longest): min(counts[longest], len(file.records)) for file in files}
+    if not groups or not backends:
+        raise TaskError("At least one task and one backend must be named.")
+    source = open_model(model, longest)
+    framing = Framing(source.tokenizer, chat)
+    settings = {
+        "model": model, "seed": seed, "chat template": framing.chat, "context extension": source.rope_factor,
+        "server arguments": list(server), "concurrency": concurrency,
+        "Python": ".".join(map(str, sys.version_info[:2])),  # whose documentation the text is
+    }  # fmt: skip
+    answers = Answers(out.with_name(out.name + ".parts.jsonl"), settings)
+    sources = Sources(framing, seed, files)
+
+    def open_backend(backend: str) -> AbstractContextManager[Backend]:
+        if url:
+            return running(url, name, log, concurrency)
+        return started(backend, model, [*extension(source, longest), *server], logs, concurrency)
+
+    _ask_all(backends, open_backend, sources, groups, answers)
+    shown = Path(model).resolve().name + (f" (YaRN x{source.rope_factor:g})" if source.rope_factor > 1 else "")
+    compared = [*backends, *({table.REFERENCE} if url and _complete(answers, groups) else ())]
+    found = table.rows(answers, list(dict.fromkeys(compared)), groups)
+    try:
+        table.write(out, shown, found)
+    except OSError as error:
+        raise TaskError(f"Cannot write {out}: {error.strerror}.") from error
+    asked = [answers.found[b, *group, i] for b in backends for group, count in groups.items() for i in range(count)]
+    return found, sum(answer.tries - 1 for answer in asked)
+
+
+def _ask_all(
+    backends: Iterable[str],
+    open_backend: Callable[[str], AbstractContextManager[Backend]],
+    sources: Sources,
+    groups: dict[table.Group, int],
+    answers: Answers,
+) -> None:
+    """One backend after the other; a server starts only where something is left to ask."""
+    for backend in backends:
+        left = {
+            group: missing
+            for group, count in groups.items()
+            if (missing := [index for index in range(count) if (backend, *group, index) not in answers.found])
+        }
+        if left:
+            with open_backend(backend) as asked:
+                ask(backend, asked, sources, left, answers)
+
+
+def _complete(answers: Answers, groups: dict[table.Group, int]) -> bool:
+    """Whether the reference, asked in an earlier run, has answered everything too."""
+    return all((table.REFERENCE, *group, i) in answers.found for group, count in groups.items() for i in range(count))
