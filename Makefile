@@ -5,7 +5,7 @@ PYTHON ?= python3
 PORT = 8000
 # What to serve: a directory or a model's name; the default is made from a package.
 MODEL = $(SMOLLM2)
-# Further flags for the server, or for `make frontier`.
+# Further flags for the server, or for `make frontier` and `make tasks`.
 ARGS =
 # For `make bench` and `make test-peers`: other projects' code, by their checkouts.
 PEERS =
@@ -29,8 +29,8 @@ else
 # memory is not free, and would compile for a minute with a compiler that may be missing.
 # A CPU without instructions for bfloat16 takes five times as long for it as for float32.
 DTYPE := $(shell grep -qwE 'avx512_bf16|amx_bf16|bf16' /proc/cpuinfo || echo --dtype float32)
-SERVE = .venv/bin/python -m vllm.entrypoints.openai.api_server --model $(MODEL) \
-	--gpu-memory-utilization 0.5 --enforce-eager $(DTYPE)
+CPU_FLAGS = --gpu-memory-utilization 0.5 --enforce-eager $(DTYPE)
+SERVE = .venv/bin/python -m vllm.entrypoints.openai.api_server --model $(MODEL) $(CPU_FLAGS)
 endif
 SERVE += --attention-backend CUSTOM --port $(PORT) $(if $(OURS),--served-model-name $(notdir $(SMOLLM2))) $(ARGS)
 
@@ -41,8 +41,8 @@ export PYTHONSAFEPATH = 1
 SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .ONESHELL:
-.PHONY: help serve serve-command test test-fast test-matrix test-peers bench bench-attention bench-serving frontier needs-gpu install \
-	discard clean
+.PHONY: help serve serve-command test test-fast test-matrix test-peers bench bench-attention bench-serving frontier tasks \
+	needs-gpu install discard clean
 
 help: ## list what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 17
@@ -97,6 +97,23 @@ frontier: $(INSTALLED) $(if $(OURS),$(SMOLLM2)/prepared.txt) ## error against de
 	@.venv/bin/pip install --quiet --disable-pip-version-check --editable ".[bench]"
 	.venv/bin/python -P -m vllm_s2o.quality.frontier $(MODEL) --out benchmarks/results/frontier.csv \
 		--plot benchmarks/results/frontier.png $(ARGS)
+
+# RULER's tasks, each with S2O and without. On a GPU as many samples as a difference of 2 points takes, beyond the
+# model's context with YaRN; on 2 cores what 20 minutes allow, in which only 4K and 8K can show a difference: shorter
+# prompts of the default model run dense either way. Stopped and started again, it goes on where it was.
+ifdef GPU
+ASKED = --lengths 1024 2048 4096 8192 16384 32768 --samples 100 --concurrency 8
+else
+ASKED = --tasks niah_single_2 niah_multikey_1 niah_multivalue niah_multiquery vt cwe fwe \
+	--lengths 1024 2048 4096 8192 --samples 1 1 2 1 --server "$(CPU_FLAGS)"
+# vLLM keeps one core free for itself, which here is half of them.
+tasks: export VLLM_CPU_NUM_OF_RESERVED_CPU ?= 0
+endif
+
+tasks: $(INSTALLED) $(if $(OURS),$(SMOLLM2)/prepared.txt) ## scores on RULER's tasks, S2O and dense: MODEL=, ARGS=
+	@.venv/bin/pip install --quiet --disable-pip-version-check --editable ".[bench]"
+	.venv/bin/python -P -m vllm_s2o.quality.tasks $(MODEL) --out benchmarks/results/tasks.csv \
+		--plot benchmarks/results/tasks.png $(ASKED) $(ARGS)
 
 needs-gpu:
 	@[ -n "$(GPU)" ] || { echo "make bench needs an NVIDIA GPU, and nvidia-smi finds none." >&2; exit 1; }
