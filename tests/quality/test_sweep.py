@@ -212,6 +212,7 @@ def test_methods_have_names(name):
 def test_variants_of_s2o_have_names():
     assert method("s2o_512") == S2O()
     assert method("s2o_256_tile_mean_row") == S2O(256, "tile", "mean_row")
+    assert method("s2o_256_first1") == S2O(256, interval=1)
     assert method("s2o_256_every1_sorted") == S2O(256, interval=1, growing=False, num_classes=None)
     assert method("s2o_256").layouts == method("s2o_256_mean_row_every2").layouts != method("s2o_256_head").layouts
 

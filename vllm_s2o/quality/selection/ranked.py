@@ -183,7 +183,8 @@ def stops(
 
 
 def named(name: str, sizes: Sequence[int] = (128, 64)) -> S2O:
-    """`s2o_SEGMENT`, then any of a ranking, `mean_row`, `everyN` key blocks instead of growing steps, and `sorted`.
+    """`s2o_SEGMENT`, then any of a ranking, `mean_row`, `firstN` key blocks before the first test, `everyN` key blocks
+    instead of growing steps, and `sorted` by score.
 
     Raises:
         ValueError: no such variant.
@@ -196,6 +197,8 @@ def named(name: str, sizes: Sequence[int] = (128, 64)) -> S2O:
             known["ranking"] = word
         elif word == "mean-row":
             known["stop_rule"] = "mean_row"
+        elif word.startswith("first") and word[5:].isdigit() and int(word[5:]):
+            known["interval"] = int(word[5:])
         elif word.startswith("every") and word[5:].isdigit() and int(word[5:]):
             known |= {"interval": int(word[5:]), "growing": False}
         elif word == "sorted":
@@ -206,6 +209,7 @@ def named(name: str, sizes: Sequence[int] = (128, 64)) -> S2O:
     if not known or not known["segment"] or known["segment"] % sizes[0]:
         raise ValueError(
             f"There is no method {name}: variants of S2O are s2o_SEGMENT, a multiple of {sizes[0]}, followed by any of "
-            f"{', '.join(f'_{word}' for word in RANKINGS)}, _mean_row, _everyN (key blocks, not growing) and _sorted."
+            f"{', '.join(f'_{word}' for word in RANKINGS)}, _mean_row, _firstN (key blocks before the first test), _everyN "
+            "(key blocks, not growing) and _sorted."
         )
     return S2O(**known, tile=sizes[0], key_block=sizes[1])
