@@ -209,7 +209,7 @@ def named(name: str, sizes: Sequence[int] = (128, 64)) -> S2O:
     if not known or not known["segment"] or known["segment"] % sizes[0]:
         raise ValueError(
             f"There is no method {name}: variants of S2O are s2o_SEGMENT, a multiple of {sizes[0]}, followed by any of "
-            f"{', '.join(f'_{word}' for word in RANKINGS)}, _mean_row, _firstN (key blocks before the first test), _everyN "
-            "(key blocks, not growing) and _sorted."
+            f"{', '.join(f'_{word}' for word in RANKINGS)}, _mean_row, _firstN (key blocks before the first test), "
+            "_everyN (key blocks, not growing) and _sorted."
         )
     return S2O(**known, tile=sizes[0], key_block=sizes[1])
