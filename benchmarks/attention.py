@@ -286,9 +286,9 @@ def measure(
     problems: Iterable[tuple[Problem, list[S2OParams | None]]],
     dense: list[str],
     peers: dict[str, Path],
-    peers_at: list[int] | None,
+    peers_at: list[int] | None = None,
 ) -> Iterator[dict]:
-    """The rows of each problem, S2O's with each of its parameters first."""
+    """The rows of each problem, S2O's with each of its parameters first; peers at some lengths, or at all."""
     machine = describe()
     for problem, wanted in problems:
         rows = problem.rows()

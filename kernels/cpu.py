@@ -14,27 +14,22 @@ from .naive import HISTORY, NUM_QUERIES, QUERY_POS, QUERY_ROW, SEQ, VISIT_LIMIT,
 
 __all__ = ["attend", "order_queries", "rank_keys"]
 
-INSIDE_KEYS = 512
-"""Keys of pass 1 at a time: what is held must not grow with the square of the segment."""
+KEYS = 512
+"""Keys at a time: what is held must not grow with the square of the segment, nor with the steps of a long history."""
 
 
 def rank_keys(
     query, key_cache, block_table, segments, num_slots: int, num_classes: int, **_device_only
 ) -> torch.Tensor:
     """`naive.rank_keys`: one product scores a sequence's keys for all of its segments."""
-    block_size, num_kv_heads, head_size = key_cache.shape[1:]
+    block_size, num_kv_heads = key_cache.shape[1:3]
     slots = torch.full((num_slots,), -1, dtype=torch.int32)
     table = segments.tolist()
-    means = torch.stack(
-        [
-            query[s[QUERY_ROW] : s[QUERY_ROW] + s[NUM_QUERIES]]
-            .float()
-            .mean(0)
-            .view(num_kv_heads, -1, head_size)
-            .mean(1)
-            for s in table
-        ]
-    )  # [num_segments, num_kv_heads, head_size]
+    # [num_segments, num_kv_heads, head_size] each, over the queries of all heads that share the keys
+    queries = [query[s[QUERY_ROW] : s[QUERY_ROW] + s[NUM_QUERIES]].float() for s in table]
+    queries = [q.unflatten(1, (num_kv_heads, -1)).transpose(1, 2).flatten(0, 1) for q in queries]
+    means = torch.stack([q.mean(0) for q in queries])
+    variances = torch.stack([q.var(0, correction=0) for q in queries])
     for seq in sorted({s[SEQ] for s in table}):
         mine = [i for i, s in enumerate(table) if s[SEQ] == seq and s[HISTORY]]
         if not mine:
@@ -42,7 +37,9 @@ def rank_keys(
         longest = max(table[i][HISTORY] for i in mine)
         lie = naive.slots_of(block_table, seq, torch.arange(longest), block_size)
         for kv_head in range(num_kv_heads):
-            scores = means[mine, kv_head] @ naive.read_rows(key_cache, lie, kv_head).T
+            keys = naive.read_rows(key_cache, lie, kv_head).T
+            spread = (variances[mine, kv_head] @ keys.square()).sqrt_()
+            scores = (means[mine, kv_head] @ keys).add_(spread, alpha=naive.DEVIATIONS)
             for row, i in zip(scores, mine, strict=True):
                 history = table[i][HISTORY]
                 classes = naive.importance_classes(row[:history], num_classes)
@@ -104,8 +101,8 @@ class _Segment:
         self.seen = torch.zeros(group * tiles, dtype=torch.int64)
         self.shape = (group, tiles)
 
-    def add(self, active: torch.Tensor, logits: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """The online softmax of the active tiles; returns the share of the mass that this step added."""
+    def add(self, active: torch.Tensor, logits: torch.Tensor, values: torch.Tensor) -> None:
+        """The online softmax of the active tiles."""
         before_m, before_l = self.m[active], self.l[active]
         m = torch.maximum(before_m, logits.amax(-1))
         origin = torch.where(m == -math.inf, 0.0, m)
@@ -114,10 +111,11 @@ class _Segment:
         l = before_l * keep + p.sum(-1)
         self.m[active], self.l[active] = m, l
         self.acc[active] = self.acc[active].mul_(keep[..., None]).add_((p.flatten(0, 1) @ values).view(*m.shape, -1))
-        return 1 - before_l * keep / l
 
-    def still_gaining(self, active: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-        gain = gain.nan_to_num(0).clamp(min=0) * self.valid[active]
+    def still_gaining(self, active: torch.Tensor, m: torch.Tensor, l: torch.Tensor, blocks: int) -> torch.Tensor:
+        """Whose last step of some key blocks gained enough; m and l are the active tiles' before it."""
+        gain = 1 - l * torch.exp(m - self.m[active]) / self.l[active]
+        gain = gain.nan_to_num(0).clamp(min=0) / blocks * self.valid[active]
         judged = gain.amax(1) if self.stop_rule == "worst_row" else gain.sum(1) / self.valid[active].sum(1)
         return judged >= self.threshold[active]
 
@@ -135,8 +133,8 @@ class _Segment:
 def _inside(stacked: _Segment, key_cache, value_cache, block_table, segment, kv_head: int) -> None:
     """Pass 1: the segment's own keys, over the tiles that see any of them."""
     end = segment[QUERY_POS] + segment[NUM_QUERIES]
-    for start in range(segment[HISTORY], end, INSIDE_KEYS):
-        keys = torch.arange(start, min(start + INSIDE_KEYS, end))
+    for start in range(segment[HISTORY], end, KEYS):
+        keys = torch.arange(start, min(start + KEYS, end))
         lie = naive.slots_of(block_table, segment[SEQ], keys, key_cache.shape[1])
         active = (stacked.position.amax(1) >= start).nonzero().squeeze(1)
         q = stacked.q[active]
@@ -146,15 +144,15 @@ def _inside(stacked: _Segment, key_cache, value_cache, block_table, segment, kv_
 
 
 def _history(stacked: _Segment, key_cache, value_cache, ranking, kv_head: int, key_block: int, stop_interval: int):
-    """Pass 2: the ranking, `stop_interval` key blocks a step, over the tiles that still gain."""
+    """Pass 2: the ranking, step by step, over the tiles that still gain."""
     active = torch.arange(len(stacked.q))
     seen = 0
     while seen < len(ranking) and len(active):
-        now = ranking[seen : seen + key_block * stop_interval]
+        now = ranking[seen : seen + key_block * naive.step_blocks(seen // key_block, stop_interval)]
         seen += len(now)
-        keys = naive.read_rows(key_cache, now, kv_head)
-        q = stacked.q[active]
-        logits = (q.flatten(0, 1) @ keys.T).view(*q.shape[:2], -1)
-        gain = stacked.add(active, logits, naive.read_rows(value_cache, now, kv_head))
+        m, l, q = stacked.m[active], stacked.l[active], stacked.q[active]
+        for some in now.split(KEYS):
+            logits = (q.flatten(0, 1) @ naive.read_rows(key_cache, some, kv_head).T).view(*q.shape[:2], -1)
+            stacked.add(active, logits, naive.read_rows(value_cache, some, kv_head))
         stacked.seen[active] = seen
-        active = active[stacked.still_gaining(active, gain / -(-len(now) // key_block))]
+        active = active[stacked.still_gaining(active, m, l, -(-len(now) // key_block))]

@@ -31,12 +31,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from . import tuned
+from . import naive, tuned
 from .prefill import LOG2E
 
 # Triton 3.9 has another name for it.
 copy_rows = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 
+_SHARE = gl.constexpr(naive.STEP_SHARE)
 GATHER_THREADS = gl.constexpr(128)
 ROWS = gl.constexpr(64)
 """Query rows of a warp group."""
@@ -352,6 +353,7 @@ def _visit(
         i = base + num_inside
         last = i + gl.cdiv(limit, BLOCK)
         done = 0
+        cut = False
         gain = gl.full([ROWS], float("inf"), gl.float32, gl.SliceLayout(1, MMA))
         gains = True
         going = True
@@ -361,15 +363,17 @@ def _visit(
             round += 1
             if not WORST_ROW:
                 judged = judged / rows
-            # The last whole blocks may be too few for a test: what is left belongs to them.
-            gains = (judged >= threshold) | (done % PER_TEST > 0)
+            # The last whole blocks may be too few for a step: what is left belongs to them.
+            gains = (judged >= threshold) | cut
             going = gains & (done < num_whole)
             if going:
                 m_before, l_before = m, l
+                step = PER_TEST * gl.maximum(done // (PER_TEST * _SHARE), 1)
+                count = gl.minimum(step, num_whole - done)
+                cut = count < step
                 p, acc, m, l = _finish(
                     s, before, m, l, i, scale, inside, barriers, q.dtype, MMA, BLOCK, STAGES, MASKED=False
                 )
-                count = gl.minimum(PER_TEST, num_whole - done)
                 for j in range(1, count):
                     s, before = _begin(q, p, acc, i + j, buffers, barriers, MMA, P, BLOCK, STAGES)
                     p, acc, m, l = _finish(
@@ -378,7 +382,7 @@ def _visit(
                 i += count
                 done += count
                 gain = 1 - l_before * _exp2(m_before - m) / l
-                gain = gl.where((gain > 0) & (row < rows), gain, 0.0) / INTERVAL
+                gain = gl.where((gain > 0) & (row < rows), gain, 0.0) / (step * BLOCK // UNIT)
             else:
                 if not gains:
                     end_block.store(gl.full([1], i, gl.int32, one))

@@ -29,15 +29,29 @@ NUM_GUIDE_KEYS = 256
 # and squares stay finite.
 SCORE_BOUND = 1e15
 
+# A key matters if one of the segment's queries reaches it, though their mean may not. The logits of a key spread over
+# the queries about as a normal distribution does whose deviation is that of independent dimensions; a few hundred
+# queries reach some three deviations above the mean. Chosen among 1 to 6 by error at equal density on a model's own
+# attention: with more, keys that are merely long come before those that the mean finds.
+DEVIATIONS = 2.0
+
+# Steps of the second pass grow: each is at least `stop_interval` key blocks, and a quarter of what was visited. Tests
+# are then dense where a block more or less counts, and few in a long history.
+STEP_SHARE = 4
+
 # Importance classes divide the history by the share of keys that a normal distribution has above a score, and their
 # widths grow with that share: near the front, where tiles stop, a class must hold few keys. Widths in terms of the
 # score would be stretched by outliers, such as the first token's key. The logistic function of 1.702 times a normal
 # variable stays within 1 % of its distribution.
 LOGISTIC = 1.702
 
+# The first tokens are visited first: many heads send there what they need nowhere else, and these keys are so short
+# that their spread would rank them late.
+FIRST_TOKENS = 8
+
 # Mean and deviation are those of every 16th score: they only place the borders of classes. The sample leaves out the
-# first tokens, whose keys are often unlike all others; a history is never shorter than 16.
-SAMPLE_EVERY, SAMPLE_FIRST = 16, 8
+# first tokens, whose keys are unlike all others; a history is never shorter than 16.
+SAMPLE_EVERY = 16
 
 
 def read_rows(cache: torch.Tensor, slots: torch.Tensor, kv_head: int) -> torch.Tensor:
@@ -59,12 +73,29 @@ def ranking_of(slots: torch.Tensor, segment: list[int], kv_head: int) -> torch.T
 
 
 def importance_classes(scores: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Classes of scores, [history] in the order of positions; class 0 holds the highest."""
+    """Classes of scores, [history] in the order of positions; class 0 holds the highest, and the first tokens."""
     scores = torch.where(scores.isnan(), -SCORE_BOUND, scores).clamp(-SCORE_BOUND, SCORE_BOUND)
-    sample = scores[SAMPLE_FIRST::SAMPLE_EVERY]
+    sample = scores[FIRST_TOKENS::SAMPLE_EVERY]
     mean, deviation = sample.mean(), sample.std(correction=0)
     above = torch.sigmoid(-LOGISTIC * (scores - mean) / deviation.clamp(min=1e-20))
-    return (num_classes * above.sqrt()).clamp(max=num_classes - 1).int()
+    classes = (num_classes * above.sqrt()).clamp(max=num_classes - 1).int()
+    classes[:FIRST_TOKENS] = 0
+    return classes
+
+
+def importance(keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """Scores of keys for a segment: the mean of their products with its queries, and DEVIATIONS times the spread.
+
+    Args:
+        keys: [history, head_size] fp32; queries: [num_queries, head_size] fp32, of all heads that share the keys.
+    """
+    spread = keys.square() @ queries.var(0, correction=0)
+    return keys @ queries.mean(0) + DEVIATIONS * spread.sqrt()
+
+
+def step_blocks(seen: int, stop_interval: int) -> int:
+    """Key blocks of the next step of the second pass, after `seen` of them."""
+    return stop_interval * max(1, seen // (stop_interval * STEP_SHARE))
 
 
 def rank_keys(
@@ -72,8 +103,8 @@ def rank_keys(
 ) -> torch.Tensor:
     """Step 3: the history of each segment, most important keys first, per KV head.
 
-    The segment's queries, over all query heads of the group, are pooled to one mean; keys are ranked
-    by their product with it. Keys of one importance class keep the order of their positions.
+    All queries of the segment, over the query heads of the group, rank the keys together, by `importance`. Keys of
+    one importance class keep the order of their positions.
     """
     block_size, num_kv_heads = key_cache.shape[1:3]
     group = query.shape[1] // num_kv_heads
@@ -85,8 +116,8 @@ def rank_keys(
         if not len(history):
             continue
         for kv_head in range(num_kv_heads):
-            mean = query[rows, kv_head * group : (kv_head + 1) * group].float().mean((0, 1))
-            scores = read_rows(key_cache, history, kv_head) @ mean
+            queries = query[rows, kv_head * group : (kv_head + 1) * group].float().flatten(0, 1)
+            scores = importance(read_rows(key_cache, history, kv_head), queries)
             best_first = importance_classes(scores, num_classes).argsort(stable=True)
             ranking_of(slots, segment, kv_head).copy_(history[best_first])
     return slots
@@ -154,7 +185,7 @@ def attend(
 ) -> torch.Tensor:
     """Steps 4 and 5: dense causal attention inside the segment, then the ranked history until the gain is small.
 
-    Every `stop_interval` key blocks the marginal gain of a row is taken: the mass that these blocks
+    After each step of `step_blocks` key blocks the marginal gain of a row is taken: the mass that these blocks
     added, relative to the accumulated mass, per block. The tile stops once no row ("worst_row"), or
     not the mean over its rows ("mean_row"), gains `threshold` any more.
 
@@ -183,10 +214,10 @@ def attend(
 
             # Pass 2: the history, most important keys first.
             ranking = ranking_of(slots, segment, kv_head)[: segment[VISIT_LIMIT]]
-            seen, step = 0, key_block * stop_interval
+            seen = 0
             while seen < len(ranking):
                 m, mass = softmax.m, softmax.l
-                now = ranking[seen : seen + step]
+                now = ranking[seen : seen + key_block * step_blocks(seen // key_block, stop_interval)]
                 for block in now.split(key_block):
                     logits = q @ read_rows(key_cache, block, kv_head).T
                     softmax.add(logits, read_rows(value_cache, block, kv_head))

@@ -12,10 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tuned
+from . import naive, tuned
 from .common import block_dim, dot_precision, split_slot
 
 LOG2E = 1.4426950408889634
+
+_SHARE = tl.constexpr(naive.STEP_SHARE)
 
 
 @triton.jit
@@ -122,7 +124,8 @@ def _attend(
     going = limit > 0
     while going:
         m_before, l_before = m, l
-        until = tl.minimum(seen + INTERVAL * UNIT, limit)
+        step = INTERVAL * UNIT * tl.maximum(seen // (INTERVAL * UNIT * _SHARE), 1)
+        until = tl.minimum(seen + step, limit)
         whole = seen + (until - seen) // BLOCK * BLOCK
         for start in range(seen, whole, BLOCK):
             acc, m, l = _visit(

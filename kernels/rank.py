@@ -1,8 +1,8 @@
 """Triton: the ranking of history keys, and the optional query order. See `naive.py` for shapes and meaning.
 
-    pool      mean query of each (segment, KV head)                  one program per pair
+    pool      mean and variance of each (segment, KV head)'s queries one program per pair
     spread    mean and deviation of a sample of the scores           matrix units, 16+ segments at once
-    score     mean queries x keys -> importance classes, one byte    the same, straight from the paged cache
+    score     pooled queries x keys -> importance classes, one byte  the same, straight from the paged cache
     count     how many keys of each class each block has             one program per (pair, a few blocks)
     offsets   where each class of each block goes in the ranking     one program per pair
     place     slots to their place in the ranking                    one program per (pair, block)
@@ -31,14 +31,15 @@ SCORE_PART = 512
 COUNTED_BLOCKS = 4
 """Blocks that one program counts."""
 
+_DEVIATIONS = tl.constexpr(naive.DEVIATIONS)
 _BOUND = tl.constexpr(naive.SCORE_BOUND)
 _EVERY = tl.constexpr(naive.SAMPLE_EVERY)
-_FIRST = tl.constexpr(naive.SAMPLE_FIRST)
+_FIRST = tl.constexpr(naive.FIRST_TOKENS)
 
 
 @triton.jit
 def _pool(
-    Query, Segments, Mean, num_kv_heads, stride_token, stride_head,
+    Query, Segments, Mean, Variance, num_kv_heads, stride_token, stride_head,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     segment, kv_head = tl.program_id(0), tl.program_id(1)
@@ -46,31 +47,49 @@ def _pool(
     num_queries = tl.load(Segments + segment * 7 + 3)
     d = tl.arange(0, BLOCK_D)
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    squares = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    # Around one of the queries: squares around 0 would drown a small variance in a large mean.
+    origin = tl.load(Query + query_row * stride_token + kv_head * GROUP * stride_head + d, mask=d < D, other=0)
+    origin = origin.to(tl.float32)
     for start in range(0, num_queries, ROWS):
         row = start + tl.arange(0, ROWS)
         at = Query + (query_row + row)[:, None] * stride_token + d[None, :]
         mask = (row < num_queries)[:, None] & (d < D)[None, :]
         for head in tl.static_range(GROUP):
-            total += tl.load(at + (kv_head * GROUP + head) * stride_head, mask=mask, other=0).to(tl.float32)
-    mean = tl.sum(total, 0) / (num_queries * GROUP)
-    tl.store(Mean + (segment * num_kv_heads + kv_head) * D + d, mean.to(Mean.dtype.element_ty), mask=d < D)
+            query = tl.load(at + (kv_head * GROUP + head) * stride_head, mask=mask, other=0).to(tl.float32)
+            apart = tl.where(mask, query - origin[None, :], 0.0)
+            total += apart
+            squares += apart * apart
+    step = tl.sum(total, 0) / (num_queries * GROUP)
+    variance = tl.sum(squares, 0) / (num_queries * GROUP) - step * step
+    variance = tl.where(variance < 0, 0.0, variance)  # rounding; a NaN stays one
+    at = (segment * num_kv_heads + kv_head) * D + d
+    tl.store(Mean + at, (origin + step).to(Mean.dtype.element_ty), mask=d < D)
+    tl.store(Variance + at, variance.to(Variance.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
 def _scores(
-    Mean, Keys, table, segment, present, key, known, kv_head, num_kv_heads,
+    Mean, Variance, Keys, table, segment, present, key, known, kv_head, num_kv_heads,
     stride_block, stride_token, stride_head, stride_dim,
     PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[segments, keys] products of mean queries with the keys at some positions of their sequence."""
+    """[segments, keys] scores of the keys at some positions of their sequence: `naive.importance`, in bounds."""
     d = tl.arange(0, BLOCK_D)
-    at = Mean + (segment[:, None] * num_kv_heads + kv_head) * D + d[None, :]
-    mean = tl.load(at, mask=present[:, None] & (d < D)[None, :], other=0)
+    at = (segment[:, None] * num_kv_heads + kv_head) * D + d[None, :]
+    pooled = present[:, None] & (d < D)[None, :]
+    mean = tl.load(Mean + at, mask=pooled, other=0)
+    variance = tl.load(Variance + at, mask=pooled, other=0)
     page = tl.load(table + key // PAGE, mask=known, other=0)
     row = page.to(tl.int64) * stride_block + (key % PAGE) * stride_token + kv_head.to(tl.int64) * stride_head
     mask = known[None, :] & (d < D)[:, None]
     keys = tl.load(Keys + row[None, :] + (d * stride_dim)[:, None], mask=mask, other=0)
-    return tl.dot(mean, keys, input_precision=PRECISION)
+    squares = keys.to(tl.float32)
+    squares = (squares * squares).to(variance.dtype)
+    spread = tl.sqrt(tl.dot(variance, squares, input_precision=PRECISION))
+    scores = tl.dot(mean, keys, input_precision=PRECISION) + _DEVIATIONS * spread
+    scores = tl.where(scores == scores, scores, -_BOUND)
+    return tl.minimum(tl.maximum(scores, -_BOUND), _BOUND)
 
 
 @triton.jit
@@ -84,7 +103,7 @@ def _join(n, mean, squares, n_more, mean_more, squares_more):
 
 @triton.jit(do_not_specialize=["stride_table", "num_parts"])
 def _spread(
-    Mean, Keys, BlockTable, Segments, Groups, Spread, num_kv_heads, num_parts,
+    Mean, Variance, Keys, BlockTable, Segments, Groups, Spread, num_kv_heads, num_parts,
     stride_block, stride_token, stride_head, stride_dim, stride_table,
     PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     SEGMENTS: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
@@ -106,11 +125,9 @@ def _spread(
         key = (start + tl.arange(0, KEYS)) * _EVERY + _FIRST
         if start * _EVERY < longest:
             scores = _scores(
-                Mean, Keys, table, segment, present, key, key < longest, kv_head, num_kv_heads,
+                Mean, Variance, Keys, table, segment, present, key, key < longest, kv_head, num_kv_heads,
                 stride_block, stride_token, stride_head, stride_dim, PAGE, D, BLOCK_D, PRECISION,
             )  # fmt: skip
-            scores = tl.where(scores == scores, scores, -_BOUND)
-            scores = tl.minimum(tl.maximum(scores, -_BOUND), _BOUND)
             visible = key[None, :] < history[:, None]
             # Each block around its own mean, then joined: one sum of squares would drown in a large common offset.
             n_here = tl.sum(visible.to(tl.float32), 1)
@@ -125,7 +142,7 @@ def _spread(
 
 @triton.jit(do_not_specialize=["stride_table", "num_parts"])
 def _score(
-    Mean, Keys, BlockTable, Segments, Groups, Spread, Classes, num_kv_heads, num_parts,
+    Mean, Variance, Keys, BlockTable, Segments, Groups, Spread, Classes, num_kv_heads, num_parts,
     stride_block, stride_token, stride_head, stride_dim, stride_table,
     PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     SEGMENTS: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr, CLASSES: tl.constexpr,
@@ -163,14 +180,13 @@ def _score(
     for start in range(begin_key, tl.minimum(begin_key + PART, longest), KEYS):
         key = start + tl.arange(0, KEYS)
         scores = _scores(
-            Mean, Keys, table, segment, present, key, key < longest, kv_head, num_kv_heads,
+            Mean, Variance, Keys, table, segment, present, key, key < longest, kv_head, num_kv_heads,
             stride_block, stride_token, stride_head, stride_dim, PAGE, D, BLOCK_D, PRECISION,
         )  # fmt: skip
-        scores = tl.where(scores == scores, scores, -_BOUND)
-        scores = tl.minimum(tl.maximum(scores, -_BOUND), _BOUND)
         # The square root of the logistic function.
         share = tl.rsqrt(1 + tl.exp2((scores - mean[:, None]) * slope[:, None]))
         cls = tl.minimum(share * CLASSES, CLASSES - 1).to(tl.int32).to(tl.uint8)
+        cls = tl.where(key[None, :] < _FIRST, 0, cls)
         visible = present[:, None] & (key[None, :] < history[:, None])
         tl.store(Classes + begin[:, None] + key[None, :], cls, mask=visible)
 
@@ -309,12 +325,16 @@ def rank_keys(
     pairs = count * num_kv_heads
     # Kernels are specialised on addresses by 16 bytes, so the largest comes first and all of them keep to that.
     begin_mean = pairs * num_blocks * num_classes
-    begin_spread = begin_mean + pairs * head_size
-    counts, mean = tables[:begin_mean], tables[begin_mean:begin_spread].view(query.dtype)
+    begin_variance = begin_mean + pairs * head_size
+    begin_spread = begin_variance + pairs * head_size
+    counts, mean = tables[:begin_mean], tables[begin_mean:begin_variance].view(query.dtype)
+    # Squares of fp16 numbers do not fit fp16.
+    wide = torch.float32 if query.dtype == torch.float32 else torch.bfloat16
+    variance = tables[begin_variance:begin_spread].view(wide)
     spread = tables[begin_spread:].view(torch.float32)
     dims = dict(D=head_size, BLOCK_D=block_dim(head_size))
     _pool[(count, num_kv_heads)](
-        query, segments, mean, num_kv_heads, query.stride(0), query.stride(1), GROUP=group, ROWS=32, **dims
+        query, segments, mean, variance, num_kv_heads, query.stride(0), query.stride(1), GROUP=group, ROWS=32, **dims
     )
     where = (*key_cache.stride(), block_table.stride(0))
     product = dict(
@@ -325,11 +345,11 @@ def rank_keys(
     stages = 3 if shared_memory(query.device) >= 128 * 1024 else 1
     product |= dict(num_warps=8 if product["SEGMENTS"] > 32 else 4, num_stages=stages)
     _spread[(num_parts, num_kv_heads, len(groups))](
-        mean, key_cache, block_table, segments, groups, spread, num_kv_heads, num_parts, *where,
+        mean, variance, key_cache, block_table, segments, groups, spread, num_kv_heads, num_parts, *where,
         PART=SPREAD_KEYS, **product,
     )  # fmt: skip
     _score[(triton.cdiv(max_history, SCORE_PART), num_kv_heads, len(groups))](
-        mean, key_cache, block_table, segments, groups, spread, classes, num_kv_heads, num_parts, *where,
+        mean, variance, key_cache, block_table, segments, groups, spread, classes, num_kv_heads, num_parts, *where,
         PART=SCORE_PART, CLASSES=num_classes, LOGISTIC=naive.LOGISTIC / math.log(2), **product,
     )  # fmt: skip
     sort = dict(BLOCK=SORT_BLOCK, CLASSES=num_classes)

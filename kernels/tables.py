@@ -15,14 +15,14 @@ SPREAD_KEYS = 1024
 
 
 def table_words(num_segments: int, num_kv_heads: int, keys: int, head_size: int, num_classes: int) -> int:
-    """Words of 32 bits that the tables of a ranking take beside slots and classes: means, moments and counts.
+    """Words of 32 bits that a ranking's tables take beside slots and classes: means, variances, moments, counts.
 
     Args:
         keys: segments times KV heads times the longest history, or what bounds that.
     """
     pairs = num_segments * num_kv_heads
     moments = 3 * (keys // (SPREAD_KEYS * SAMPLE_EVERY) + pairs)
-    return pairs * head_size + moments + num_classes * (keys // SORT_BLOCK + pairs)
+    return 2 * pairs * head_size + moments + num_classes * (keys // SORT_BLOCK + pairs)
 
 
 def as_table(rows, device: torch.device, dtype: torch.dtype = torch.int32) -> torch.Tensor:

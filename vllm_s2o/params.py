@@ -30,8 +30,9 @@ class S2OParams(BaseModel):
     tile_size: Power = Field(128, description="Query rows that stop together.")
     key_block: Power = Field(64, description="History keys visited in one step of the online softmax.")
     stop_interval: int = Field(
-        4, ge=1, le=64, strict=True,
-        description="Key blocks between two tests of the stop rule; the gain is their mean.",
+        2, ge=1, le=64, strict=True,
+        description="Key blocks before the first test of the stop rule, and the least between two; a step grows to a "
+        "quarter of what was visited. The gain is the mean of its blocks.",
     )  # fmt: skip
     stop_rule: Literal["worst_row", "mean_row"] = Field(
         "worst_row", description="Whose gain must fall below the threshold: every row's, or the mean over the rows."

@@ -74,10 +74,11 @@ def test_ranking(implementation, shape, heads):
             assert torch.equal(a.sort().values, b.sort().values)
             if not len(a):
                 continue
-            mean = case.query[rows, kv_head * group : (kv_head + 1) * group].float().mean((0, 1))
+            queries = case.query[rows, kv_head * group : (kv_head + 1) * group].float().flatten(0, 1)
             positions = torch.arange(len(a), device=DEVICE)
             history = naive.slots_of(case.block_table, segment[naive.SEQ], positions, case.key_cache.shape[1])
-            by_position = naive.importance_classes(naive.read_rows(case.key_cache, history, kv_head) @ mean, 32)
+            keys = naive.read_rows(case.key_cache, history, kv_head)
+            by_position = naive.importance_classes(naive.importance(keys, queries), 32)
             by_slot = torch.zeros(int(history.max()) + 1, dtype=torch.int32, device=DEVICE)
             by_slot[history.long()] = by_position
             classes = by_slot[b.long()]

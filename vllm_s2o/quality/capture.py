@@ -35,7 +35,7 @@ class CaptureError(RuntimeError):
 
 
 class Layer(NamedTuple):
-    """One layer's attention inputs, on the CPU."""
+    """One layer's attention inputs; on the CPU, where they are kept."""
 
     index: int
     query: torch.Tensor
@@ -177,46 +177,71 @@ def visit_layers(model, ids: Sequence[int], layers: Collection[int], visit: Call
     Raises:
         CaptureError: as in `attention_inputs`.
     """
+
+    def attend(layer: Layer) -> torch.Tensor:
+        if layer.index in layers:
+            # Copies: the model's own tensors would be kept whole, and may be views of one another.
+            copies = (t.to("cpu", copy=True).contiguous() for t in (layer.query, layer.key, layer.value))
+            visit(Layer(layer.index, *copies, layer.scale))
+        return dense_attention(layer)
+
+    last_states(model, ids, attend)
+
+
+def last_states(model, ids: Sequence[int], attend: Callable[[Layer], torch.Tensor]) -> torch.Tensor:
+    """Run a causal LM on one prompt with an attention that is given.
+
+    Args:
+        model, ids: as in `attention_inputs`.
+        attend: called for each layer in order, whose tensors are the model's own, on its device; returns
+            [num_tokens, num_heads, head_size].
+
+    Returns:
+        What enters the model's head, [num_tokens, hidden_size].
+
+    Raises:
+        CaptureError: as in `attention_inputs`.
+    """
     from transformers import AttentionInterface
 
     seen = set()
-    # transformers keeps what is registered: this lets go of the visitor, and of what it holds, when the model has run.
-    visitors = [visit]
+    # transformers keeps what is registered: this lets go of `attend`, and of what it holds, when the model has run.
+    functions = [attend]
 
-    def attend(module, query, key, value, attention_mask, scaling=None, **options) -> tuple[torch.Tensor, None]:
+    def call(module, query, key, value, attention_mask, scaling=None, **options) -> tuple[torch.Tensor, None]:
         """query [1, num_heads, tokens, head_size] -> [1, tokens, num_heads, head_size]"""
         if problem := _beside_causality(module, query, value, options):
             raise CaptureError(f"The attention of layer {module.layer_idx} has {problem}: S2O runs no such layer.")
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        if module.layer_idx in layers:
-            # Copies: the model's own tensors would be kept whole, and may be views of one another.
-            copies = (t[0].transpose(0, 1).to("cpu", copy=True).contiguous() for t in (query, key, value))
-            visitors[0](Layer(module.layer_idx, *copies, scale))
-            seen.add(module.layer_idx)
-        return _dense(query, key, value, scale).transpose(1, 2), None
+        seen.add(module.layer_idx)
+        tensors = (t[0].transpose(0, 1) for t in (query, key, value))
+        return functions[0](Layer(module.layer_idx, *tensors, scale))[None], None
 
     # A name that has no mask function gets no mask: of a long prompt, one would be larger than the model.
-    AttentionInterface.register(NAME, attend)
+    AttentionInterface.register(NAME, call)
     before = model.config._attn_implementation
     model.eval().set_attn_implementation(NAME)
     try:
         with torch.no_grad():
             # Without the head: of a long prompt, its logits would be larger still.
-            model.base_model(torch.tensor([list(ids)], device=model.device), use_cache=False)
+            prompt = torch.tensor([list(ids)], device=model.device)
+            states = model.base_model(prompt, use_cache=False).last_hidden_state[0]
     except torch.OutOfMemoryError as error:
         raise CaptureError(f"This GPU has too little memory for the model and {len(ids)} tokens.") from error
     finally:
         model.set_attn_implementation(before)
-        visitors.clear()
-    if missing := [index for index in layers if index not in seen]:
+        functions.clear()
+    missing = sorted(set(range(model.config.get_text_config().num_hidden_layers)) - seen)
+    if missing:
         raise CaptureError(
             f"{type(model).__name__} ran without calling transformers' attention interface in layer {missing[0]}: "
             "its attention cannot be captured."
         )
+    return states
 
 
 def _beside_causality(module, query: torch.Tensor, value: torch.Tensor, options: dict[str, Any]) -> str | None:
-    """What a layer's attention has that neither S2O nor `_dense` computes, or None.
+    """What a layer's attention has that neither S2O nor `dense_attention` computes, or None.
 
     `options` are what transformers tells an attention function beside the tensors. To leave out a window or a cap would
     change what the layers after it see.
@@ -237,15 +262,21 @@ def _beside_causality(module, query: torch.Tensor, value: torch.Tensor, options:
     return next((name for name, has in extras.items() if has), None)
 
 
-def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal attention by one of PyTorch's kernels that hold a block of it at a time; [1, heads, tokens, head_size]."""
+def dense_attention(layer: Layer) -> torch.Tensor:
+    """Causal attention by one of PyTorch's kernels that hold a block of it at a time.
+
+    Returns:
+        [num_tokens, num_heads, head_size]
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    query, key, value = (t.transpose(0, 1)[None] for t in (layer.query, layer.key, layer.value))
     # Not every one of these kernels knows groups of query heads.
     group = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(group, 1) if group > 1 else t for t in (key, value))
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=layer.scale)
+    return out[0].transpose(0, 1)
 
 
 def extend_rope(config, num_tokens: int) -> float:

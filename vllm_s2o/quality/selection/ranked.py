@@ -20,8 +20,18 @@ TAUS = (0.0, *(round(2e-4 * 1.55**step, 6) for step in range(18)))
 SUB_QUERIES = 16
 
 
+def spread(head: Head, segment: slice, tile: slice) -> torch.Tensor:
+    """As shipped: mean and spread over the segment's queries of all heads that share the keys."""
+    return naive.importance(head.key[: segment.start], head.queries[segment].flatten(0, 1))
+
+
+def head_spread(head: Head, segment: slice, tile: slice) -> torch.Tensor:
+    """The same of this head alone: a ranking for each query head."""
+    return naive.importance(head.key[: segment.start], head.query[segment])
+
+
 def kv_mean(head: Head, segment: slice, tile: slice) -> torch.Tensor:
-    """As shipped: one mean over the segment's queries of all heads that share the keys."""
+    """The paper's: one mean over the segment's queries of all heads that share the keys."""
     return head.key[: segment.start] @ head.queries[segment].mean((0, 1))
 
 
@@ -52,7 +62,10 @@ def variance(head: Head, segment: slice, tile: slice) -> torch.Tensor:
     return head.scale * (key @ query.mean(0)) + 0.5 * head.scale**2 * (key.square() @ spread)
 
 
-RANKINGS = {"kv": kv_mean, "head": head_mean, "tile": tile_mean, "pooled": pooled, "variance": variance}
+RANKINGS = {
+    "spread": spread, "headspread": head_spread, "mean": kv_mean, "head": head_mean, "tile": tile_mean,
+    "pooled": pooled, "variance": variance,
+}  # fmt: skip
 """Scores of a segment's history, [history]: the higher, the earlier. `tile` is where the tile's rows are."""
 
 
@@ -61,10 +74,12 @@ class S2O(UnitRule):
     """S2O with tiles of `tile` rows and key blocks of `key_block` keys; its looseness is the threshold tau."""
 
     segment: int = 512
-    ranking: str = "kv"
+    ranking: str = "spread"
     stop_rule: str = "worst_row"
-    interval: int = 4
-    """Key blocks between two tests of the stop rule."""
+    interval: int = 2
+    """Key blocks before the first test of the stop rule."""
+    growing: bool = True
+    """As shipped: steps grow with what was visited. Otherwise all have `interval` key blocks."""
     num_classes: int | None = 32
     """Importance classes, inside which keys stay in the order of positions; None: sorted by score."""
     tile: int = 128
@@ -100,7 +115,8 @@ class S2O(UnitRule):
             softmax = naive.Softmax(len(logits), 0, order.device)
             nothing = head.key[:, :0]
             softmax.add(logits[:, len(order) : tile.end], nothing[len(order) : tile.end])
-            for keys in order.split(self.key_block * self.interval) if len(order) else ():
+            ends = [end * self.key_block for end in self.step_ends(-(-len(order) // self.key_block))]
+            for keys in order.tensor_split(ends[:-1]) if ends else ():
                 m, mass = softmax.m, softmax.l
                 softmax.add(logits[:, keys], nothing[keys])
                 row[keys] = True
@@ -109,6 +125,14 @@ class S2O(UnitRule):
                 if (gain.max() if self.stop_rule == "worst_row" else gain.mean()) < value:
                     break
         return visited
+
+    def step_ends(self, count: int) -> list[int]:
+        """Of a history of `count` key blocks, how many are visited after each step."""
+        ends = [0]
+        while ends[-1] < count:
+            step = naive.step_blocks(ends[-1], self.interval) if self.growing else self.interval
+            ends.append(min(ends[-1] + step, count))
+        return ends[1:]
 
     def bind(self, head: Head) -> UnitSelection:
         return _Ranked(self, head)
@@ -131,23 +155,23 @@ class _Ranked(UnitSelection):
         return Layout(start, self.ranked[1], rule.key_block, computed)
 
     def picks(self, tile: Tile, inside: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-        visited = stops(self.thresholds, inside, units, self.rule.interval, self.rule.stop_rule)
+        visited = stops(self.thresholds, inside, units, self.rule.step_ends(len(units)), self.rule.stop_rule)
         return torch.arange(len(units), device=units.device) < visited[:, None]
 
 
 def stops(
-    thresholds: torch.Tensor, inside: torch.Tensor, units: torch.Tensor, interval: int, stop_rule: str
+    thresholds: torch.Tensor, inside: torch.Tensor, units: torch.Tensor, step_ends: Sequence[int], stop_rule: str
 ) -> torch.Tensor:
     """Key blocks that a tile visits at each threshold, [thresholds] int64: all of them from the same running gains.
 
     Args:
         inside: [rows], mass of the tile's own segment; units: [key blocks, rows], that of each block in its order.
+        step_ends: key blocks visited after each step.
     """
-    count = len(units)
-    if not count:
+    if not len(units):
         return torch.zeros(len(thresholds), dtype=torch.long, device=units.device)
     running = inside + units.cumsum(0)
-    ends = torch.arange(interval, count + interval, interval, device=units.device).clamp(max=count)  # after each step
+    ends = torch.tensor(step_ends, device=units.device)
     after = running[ends - 1]
     before = torch.cat([inside[None], after[:-1]])
     steps = ends.diff(prepend=ends.new_zeros(1))
@@ -159,7 +183,8 @@ def stops(
 
 
 def named(name: str, sizes: Sequence[int] = (128, 64)) -> S2O:
-    """`s2o_SEGMENT`, then any of a ranking, `mean_row`, `everyN` key blocks, and `sorted` by score.
+    """`s2o_SEGMENT`, then any of a ranking, `mean_row`, `firstN` key blocks before the first test, `everyN` key blocks
+    instead of growing steps, and `sorted` by score.
 
     Raises:
         ValueError: no such variant.
@@ -172,8 +197,10 @@ def named(name: str, sizes: Sequence[int] = (128, 64)) -> S2O:
             known["ranking"] = word
         elif word == "mean-row":
             known["stop_rule"] = "mean_row"
-        elif word.startswith("every") and word[5:].isdigit() and int(word[5:]):
+        elif word.startswith("first") and word[5:].isdigit() and int(word[5:]):
             known["interval"] = int(word[5:])
+        elif word.startswith("every") and word[5:].isdigit() and int(word[5:]):
+            known |= {"interval": int(word[5:]), "growing": False}
         elif word == "sorted":
             known["num_classes"] = None
         else:
@@ -182,6 +209,7 @@ def named(name: str, sizes: Sequence[int] = (128, 64)) -> S2O:
     if not known or not known["segment"] or known["segment"] % sizes[0]:
         raise ValueError(
             f"There is no method {name}: variants of S2O are s2o_SEGMENT, a multiple of {sizes[0]}, followed by any of "
-            f"{', '.join(f'_{word}' for word in RANKINGS)}, _mean_row, _everyN (key blocks) and _sorted."
+            f"{', '.join(f'_{word}' for word in RANKINGS)}, _mean_row, _firstN (key blocks before the first test), "
+            "_everyN (key blocks, not growing) and _sorted."
         )
     return S2O(**known, tile=sizes[0], key_block=sizes[1])
