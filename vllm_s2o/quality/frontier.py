@@ -14,14 +14,13 @@ off goes on from there, and one that wants more texts or layers adds them.
 import argparse
 import csv
 import importlib.util
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from .capture import CaptureError, Layer, Source, checked_layers, open_model, visit_layers
 from .curves import Curve, at_density, at_error, matched, mean_curve
+from .parts import Parts, PartsError, as_lists
 from .selection import method
 from .sweep import FIGURES, sweep
 from .text import SOURCES, SPLITS
@@ -39,66 +38,6 @@ ALL = "all"
 
 class FrontierError(RuntimeError):
     """Why there is no table, in one sentence."""
-
-
-class Parts:
-    """The sweeps that are done, in a file that grows by a line for each text and layer.
-
-    The first line holds the settings, which must not change, though fewer methods may be asked for; a last line that
-    was cut off is dropped.
-
-    Raises:
-        FrontierError: the file holds something else, or sweeps with other settings.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        self.path = path
-        self.done: dict[tuple[str, int], dict[str, dict]] = {}
-        settings = json.loads(json.dumps(settings))  # as they will be read: tuples become lists
-        try:
-            whole = path.read_bytes() if path.exists() else b""
-            whole = whole[: whole.rfind(b"\n") + 1]
-            lines = [json.loads(line) for line in whole.splitlines()]
-            for part in lines[1:]:
-                self.done[part["text"], part["layer"]] = part["methods"]
-            found = dict(lines[0]["settings"]) if lines else settings
-        except OSError as error:
-            raise FrontierError(f"Cannot read {path}: {error.strerror}.") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise FrontierError(f"{path} holds no sweeps: remove it, or name another --out.") from error
-        for name, value in settings.items():
-            if isinstance(value, dict):
-                found[name] = {key: other for key, other in found[name].items() if key in value}
-            if found.get(name) != value:
-                raise FrontierError(f"The sweeps in {path} have other {name}: remove it, or name another --out.")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(whole)
-            if not lines:
-                self._append({"settings": settings})
-        except OSError as error:
-            raise FrontierError(f"Cannot write {path}: {error.strerror}.") from error
-
-    def add(self, text: str, layer: int, methods: dict[str, dict]) -> None:
-        """methods: what `sweep` returns, with lists."""
-        self._append({"text": text, "layer": layer, "methods": methods})
-        self.done[text, layer] = methods
-
-    def _append(self, line: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def curve(self, name: str, texts: Sequence[str], layers: Sequence[int]) -> Curve:
-        """A method's mean over texts, layers and heads."""
-        return mean_curve(self.done[text, layer][name] for text in texts for layer in layers)
-
-
-def as_lists(swept: dict[str, dict]) -> dict[str, dict]:
-    """What `sweep` returns, to five digits: more would be noise, and most of the file."""
-    return {
-        name: {figure: [[float(f"{x:.5g}") for x in row] for row in rows.tolist()] for figure, rows in figures.items()}
-        for name, figures in swept.items()
-    }
 
 
 def measure(source: Source, parts: Parts, prompts: dict[str, list[int]], layers: Sequence[int], rules: dict) -> None:
@@ -128,13 +67,18 @@ def measure(source: Source, parts: Parts, prompts: dict[str, list[int]], layers:
                 visit_layers(model, ids, left[text], visit)
 
 
+def curve(parts: Parts, name: str, texts: Sequence[str], layers: Sequence[int]) -> Curve:
+    """A method's mean over texts, layers and heads."""
+    return mean_curve(parts.done[text, layer][name] for text in texts for layer in layers)
+
+
 def rows(
     parts: Parts, names: Iterable[str], texts: Sequence[str], layers: Sequence[int], common: Sequence
 ) -> Iterator[tuple]:
     """Rows of the table; common: its first three columns."""
     for label, some in [*((str(layer), [layer]) for layer in layers), (ALL, layers)]:
         for name in names:
-            for point in matched(parts.curve(name, texts, some)):
+            for point in matched(curve(parts, name, texts, some)):
                 yield (*common, label, name, *(f"{figure:.5g}" for figure in point))
 
 
@@ -205,14 +149,17 @@ def frontier(
         "methods": {name: rule.values for name, rule in rules.items()},
         "Python": ".".join(map(str, sys.version_info[:3])),  # whose texts they are
     }  # fmt: skip
-    parts = Parts(out.with_name(out.name + ".parts.jsonl"), settings)
+    try:
+        parts = Parts(out.with_name(out.name + ".parts.jsonl"), settings)
+    except PartsError as error:
+        raise FrontierError(str(error)) from error
     measure(source, parts, prompts, layers, rules)
     common = (Path(model).resolve().name, num_tokens, split)
     try:
         write(out, rows(parts, rules, texts, layers, common))
     except OSError as error:
         raise FrontierError(f"Cannot write {out}: {error.strerror}.") from error
-    return {name: parts.curve(name, texts, layers) for name in rules}
+    return {name: curve(parts, name, texts, layers) for name in rules}
 
 
 def draw(curves: dict[str, Curve], title: str, out: Path) -> None:

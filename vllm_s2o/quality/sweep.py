@@ -11,7 +11,7 @@ those that it picks. At no time is more held than one tile's weights.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -139,9 +139,16 @@ def visit_rows(tile: Weights, rules: Mapping[str, RowRule], num_tokens: int) -> 
 
 
 def visits(
-    head: Head, value: torch.Tensor, rules: Mapping[str, Rule], tile_size: int = 128
+    head: Head,
+    value: torch.Tensor,
+    rules: Mapping[str, Rule],
+    tile_size: int = 128,
+    chosen: Collection[int] | None = None,
 ) -> Iterator[tuple[Weights, dict[str, Visit]]]:
-    """One head's tiles in order, and what each rule visits of them; value: [tokens, size].
+    """One head's tiles in order, or those with the `chosen` indices, and what each rule visits of them.
+
+    Args:
+        value: [tokens, size]
 
     Raises:
         ValueError: a rule selects for tiles of another size.
@@ -153,7 +160,9 @@ def visits(
             if rule.tile != tile_size:
                 raise ValueError(f"{name} selects for tiles of {rule.tile} queries, not of {tile_size}")
             shared[rule.layouts][name] = rule.bind(head)
-    for tile in tiles_of(len(head.key), tile_size):
+    for index, tile in enumerate(tiles_of(len(head.key), tile_size)):
+        if chosen is not None and index not in chosen:
+            continue
         weights = exact(head, value, tile)
         found = dict(visit_rows(weights, by_row, len(head.key))) if by_row else {}
         for selections in shared.values():
@@ -182,12 +191,14 @@ def sweep(
     rules: Mapping[str, Rule],
     *,
     tile_size: int = 128,
+    chosen: Collection[int] | None = None,
     progress: Callable[[int], object] = lambda pairs: None,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Every rule at every value of its parameter, on one layer.
 
     Args:
         query: [tokens, heads, size]; key and value: [tokens, kv_heads, size]; computed in fp32.
+        chosen: tiles to look at, by index: the figures are theirs alone. All by default.
         progress: told the causal pairs of each tile that is done.
 
     Returns:
@@ -200,23 +211,24 @@ def sweep(
     """
     if value.shape != key.shape:
         raise ValueError(f"key and value must be of one shape, got {list(key.shape)} and {list(value.shape)}")
-    tokens, _, size = query.shape
+    size = query.shape[2]
     group = query.shape[1] // key.shape[1]
     found: dict[str, dict[str, list]] = {name: {figure: [] for figure in FIGURES} for name in rules}
     for index, head in enumerate(heads_of(query, key, scale)):
         own = value[:, index // group].float().contiguous()
         sums = {name: _Sums() for name in rules}
-        dense = 0.0
-        for tile, visited in visits(head, own, rules, tile_size):
+        dense, causal, rows = 0.0, 0, 0
+        for tile, visited in visits(head, own, rules, tile_size, chosen):
+            causal += causal_pairs(tile.tile)
+            rows += tile.tile.end - tile.tile.first
             dense += tile.output.double().square().sum().item()
             for name, visit in visited.items():
                 sums[name].add(tile, visit)
             progress(causal_pairs(tile.tile))
-        causal = tokens * (tokens + 1) // 2
         for name, total in sums.items():
-            mse, rel_error = total.squares / (tokens * size), total.squares / dense
+            mse, rel_error = total.squares / (rows * size), total.squares / dense
             density, computed = total.pairs / causal, total.computed / causal
-            figures = (density, computed, mse, rel_error, total.retained / tokens)
+            figures = (density, computed, mse, rel_error, total.retained / rows)
             for figure, values in zip(FIGURES, figures, strict=True):
                 found[name][figure].append(values.cpu())
     return {name: {figure: torch.stack(rows) for figure, rows in figures.items()} for name, figures in found.items()}
