@@ -95,7 +95,7 @@ bench-serving: needs-gpu $(SMOLLM2)/prepared.txt ## whole servers and engines, S
 # and texts of the default model take hours on 2 cores: ARGS="--layers 1 9 17 25 --texts code" is a first look.
 frontier: $(INSTALLED) $(if $(OURS),$(SMOLLM2)/prepared.txt) ## error against density, S2O and others: MODEL=, ARGS=
 	@.venv/bin/pip install --quiet --disable-pip-version-check --editable ".[bench]"
-	.venv/bin/python -P -m vllm_s2o.quality.frontier $(MODEL) --out benchmarks/results/frontier.csv \
+	OMP_WAIT_POLICY=PASSIVE .venv/bin/python -P -m vllm_s2o.quality.frontier $(MODEL) --out benchmarks/results/frontier.csv \
 		--plot benchmarks/results/frontier.png $(ARGS)
 
 # RULER's tasks, each with S2O and without. On a GPU as many samples as a difference of 2 points takes, beyond the

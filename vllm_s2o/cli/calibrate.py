@@ -1,0 +1,101 @@
+"""`vllm-s2o calibrate`: a config file with thresholds that were searched on a model."""
+
+from pathlib import Path
+
+import click
+
+from vllm_s2o import model as models
+from vllm_s2o import settings
+from vllm_s2o.cli.options import as_json, print_json
+from vllm_s2o.cli.progress import layers_done
+
+LONGEST = 2**20
+
+
+@click.command(short_help="Search thresholds for a model and write its config file.")
+@click.argument("model", metavar="MODEL")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE", help="To write.")
+@click.option("--max-relative-error", type=float, metavar="X", help="Budget: each layer's squared error, as a share.")
+@click.option("--target-density", type=float, metavar="X", help="Budget: visited / causal pairs, mean over layers.")
+@click.option("--max-logit-kl", type=float, metavar="X", help="Budget: divergence of the next token, in nats.")
+@click.option("--text", "texts", multiple=True, metavar="TEXT", help="code, prose, dialogue, tables, or a UTF-8 file.")
+@click.option("--tokens", type=click.IntRange(1, LONGEST), default=8192, show_default=True, help="Of each prompt.")
+@click.option(
+    "--segment-len", "segment_lens", type=int, multiple=True, metavar="N", help="To try; default 256 and 512."
+)
+@click.option("--min-seq-len", type=click.IntRange(1), metavar="N", help="Of the config; estimated by default.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Which tiles of the prompts are looked at.")
+@click.option("--force", is_flag=True, help="Replace FILE if it is there.")
+@as_json
+def calibrate(model, out, texts, tokens, segment_lens, min_seq_len, seed, force, as_json, **budgets) -> None:
+    """Search thresholds for MODEL, per layer and per KV head, and write a config file.
+
+    MODEL is a directory or a name on Hugging Face. It runs densely in transformers on one half of each text, where
+    thresholds are chosen, and on the other half, where they are judged. Exactly one budget is needed. Stopped and
+    started again, the same command goes on where it was.
+
+    \b
+    Example:
+      vllm-s2o calibrate .models/SmolLM2-135M-Instruct --max-relative-error 0.01 --out smollm2.yaml
+    """
+    from vllm_s2o.quality.calibration import Budget, CalibrationError
+    from vllm_s2o.quality.calibration.run import calibrate as search
+    from vllm_s2o.quality.calibration.run import steps
+
+    if out.exists() and not force:
+        raise click.UsageError(f"{out} is there already: name another file, or add --force.")
+    given = {"texts": texts} if texts else {"texts": ("code", "prose")}
+    given |= {"segment_lens": segment_lens} if segment_lens else {}
+    layers = settings.traits_of(models.read(model)).num_layers
+    with layers_done(steps(layers, len(given["texts"])), quiet=as_json) as progress:
+        try:
+            found = search(
+                model, out, Budget(**budgets), num_tokens=tokens, min_seq_len=min_seq_len, seed=seed,
+                progress=progress, **given,
+            )  # fmt: skip
+        except CalibrationError as error:
+            raise click.ClickException(str(error)) from error
+    if as_json:
+        print_json(_document(found, out))
+        return
+    for line in _lines(found):
+        click.echo(line)
+    click.echo(f'\nWritten: {out}. Serve with --additional-config \'{{"s2o": "{out}"}}\'.')
+
+
+def _thresholds(found, layer: int) -> list[float] | None:
+    at = found.layers[layer].at
+    return None if at is None else [found.thresholds[index] for index in at]
+
+
+def _lines(found) -> list[str]:
+    rows = ["layer  thresholds per KV head           density  relative error   (held-out text)"]
+    for layer, choice in enumerate(found.held_out):
+        taus = _thresholds(found, layer)
+        shown = "dense" if taus is None else f"{taus[0]:g}" if len(set(taus)) == 1 else " ".join(f"{t:g}" for t in taus)
+        rows.append(f"{layer:5}  {shown:32} {choice.density:8.3f}  {choice.error:.1e}")
+    rows.append(f"{'all':>5}  {'':32} {found.density:8.3f}  {found.worst_error:.1e} (worst)")
+    rows.append(f"\nsegment_len {found.params.segment_len}, min_seq_len {found.min_seq_len}")
+    if found.single is None:
+        rows.append("No single threshold reaches that worst layer.")
+    else:
+        threshold, density = found.single
+        rows.append(f"The best single threshold with no worse layer, {threshold:g}, visits {density:.3f}.")
+    if found.kl is not None:
+        rows.append(f"Divergence of the next token: {found.kl:.2g} nats.")
+    return rows
+
+
+def _document(found, out: Path) -> dict:
+    return {
+        "file": str(out), "segment_len": found.params.segment_len, "min_seq_len": found.min_seq_len,
+        "density": found.density, "worst_relative_error": found.worst_error, "logit_kl": found.kl,
+        "single": None if found.single is None else {"threshold": found.single[0], "density": found.single[1]},
+        "layers": [
+            {
+                "layer": layer, "thresholds": _thresholds(found, layer), "density": choice.density,
+                "rel_error": choice.error,
+            }
+            for layer, choice in enumerate(found.held_out)
+        ],
+    }  # fmt: skip

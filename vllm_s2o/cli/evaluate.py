@@ -1,0 +1,85 @@
+"""`vllm-s2o evaluate`: what a config costs a model."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vllm_s2o import model as models
+from vllm_s2o import settings
+from vllm_s2o.cli.options import additional_config, as_json, print_json
+from vllm_s2o.cli.progress import layers_done
+
+FORMATS = {
+    "density": ".3f", "rel_error": ".1e", "agreement": ".2%", "kl": ".2g", "perplexity": ".3f",
+    "dense_perplexity": ".3f",
+}  # fmt: skip
+"""Figures of `quality.cost.Cost`, as a table shows them."""
+
+
+@click.command(short_help="What a config costs a model: error, density, next tokens.")
+@click.argument("model", metavar="MODEL")
+@click.option("--config", "file", metavar="FILE", help="The config; by default the one that MODEL gets.")
+@additional_config
+@click.option("--text", "texts", multiple=True, metavar="TEXT", help="code, prose, dialogue, tables, or a UTF-8 file.")
+@click.option("--split", type=click.Choice(["choosing", "held-out"]), default="held-out", show_default=True)
+@click.option("--tokens", type=click.IntRange(2), default=8192, show_default=True, help="Of each prompt.")
+@as_json
+def evaluate(
+    model: str, file: str | None, additional: dict[str, Any] | None, texts: tuple[str, ...], split: str, tokens: int,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """What a config costs MODEL, against dense attention on the same prompts.
+
+    Density and error of each layer, and of the next tokens at all positions: the share that stays the same, the
+    divergence of their distributions, and the perplexity of the text. MODEL runs in transformers. Needles and RULER's
+    tasks, which need a server: python -P -m vllm_s2o.quality.tasks.
+
+    \b
+    Example:
+      vllm-s2o evaluate .models/SmolLM2-135M-Instruct --text code --tokens 4096
+    """
+    from vllm_s2o.quality.capture import CaptureError, open_model
+    from vllm_s2o.quality.cost import CostError, mean, measure
+
+    if file is not None and settings.part_of(additional) is not None:
+        raise click.UsageError("--config and --additional-config cannot be given together.")
+    config = settings.load_with(settings.traits_of(models.read(model)), file or settings.part_of(additional))
+    texts = texts or ("code", "prose")
+    costs, layers = [], {}
+    with layers_done(2 * config.traits.num_layers * len(texts), quiet=as_json) as progress:
+        try:
+            source = open_model(model, tokens)
+            prompts = {text: source.prompt(text, tokens, split) for text in texts}
+            loaded = source.load()
+            for text, ids in prompts.items():
+                cost, layers[text] = measure(loaded, ids, config, lambda done, text=text: progress(text, done))
+                costs.append(cost)
+        except (CaptureError, CostError) as error:
+            raise click.ClickException(str(error)) from error
+    if as_json:
+        print_json(
+            {
+                "model": model, "config": config.source, "digest": config.digest(), "tokens": tokens, "split": split,
+                "mean": mean(costs)._asdict(),
+                "texts": {
+                    text: {**cost._asdict(), "layers": [layer._asdict() for layer in layers[text]]}
+                    for text, cost in zip(texts, costs, strict=True)
+                },
+            }
+        )  # fmt: skip
+        return
+    for line in config.describe():
+        click.echo(line)
+    names = [Path(text).name for text in texts]
+    width = max(map(len, [*names, "mean"]))
+    click.echo("\n" + " ".join([" " * width, *(f"{name:>16}" for name in FORMATS)]))
+    shown = (
+        zip([*names, "mean"], [*costs, mean(costs)], strict=True) if len(costs) > 1 else zip(names, costs, strict=True)
+    )
+    for name, cost in shown:
+        click.echo(" ".join([f"{name:{width}}", *(f"{getattr(cost, key):>16{form}}" for key, form in FORMATS.items())]))
+    worst = max((layer for found in layers.values() for layer in found), key=lambda layer: layer.rel_error)
+    click.echo(
+        f"\nThe layer that errs most is {worst.layer}: {worst.rel_error:.1e} at a density of {worst.density:.3f}."
+    )

@@ -1,0 +1,87 @@
+"""Error and density of each KV head at each threshold, from a sample of a model's tiles."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy
+
+from vllm_s2o.params import S2OParams
+from vllm_s2o.quality.capture import Layer, Source, visit_layers
+from vllm_s2o.quality.parts import Parts, as_lists
+from vllm_s2o.quality.selection.ranked import S2O
+from vllm_s2o.quality.sweep import sweep
+
+EVERY = 8
+"""Of so many tiles that follow each other one is looked at."""
+
+
+class Curves(NamedTuple):
+    """One layer, at every swept threshold."""
+
+    density: numpy.ndarray
+    """[num_kv_heads, thresholds]: visited / causal pairs."""
+    error: numpy.ndarray
+    """[num_kv_heads, thresholds]: mean squared difference from dense attention, relative to the layer's mean
+    square: errors of heads add up to the layer's relative error."""
+
+
+def rule_of(params: S2OParams) -> S2O:
+    """The oracle of what these parameters select, at every threshold of a sweep."""
+    return S2O(
+        params.segment_len, stop_rule=params.stop_rule, interval=params.stop_interval, num_classes=params.num_classes,
+        tile=params.tile_size, key_block=params.key_block,
+    )  # fmt: skip
+
+
+def sample(num_tokens: int, tile: int, seed: int) -> range:
+    """Every EVERY-th tile, from one that the seed chooses: early and late tiles have their share."""
+    tiles = -(-num_tokens // tile)
+    return range(seed % min(EVERY, tiles), tiles, EVERY)
+
+
+def measure(
+    source: Source, parts: Parts, prompts: Mapping[str, list[int]], rules: Mapping[str, S2O], seed: int,
+    progress: Callable[[str, int], object],
+) -> None:  # fmt: skip
+    """Sweep every layer on every prompt, where `parts` do not hold it yet.
+
+    Args:
+        prompts: tokens, by the name that `parts` gets.
+        progress: told what is done, and 1 for each layer.
+    """
+    layers = range(source.traits.num_layers)
+    left = {name: [layer for layer in layers if (name, layer) not in parts.done] for name in prompts}
+    for name in prompts:
+        progress(name, len(layers) - len(left[name]))
+    if not any(left.values()):
+        return
+    model = source.load()
+    for name, ids in prompts.items():
+        if not left[name]:
+            continue
+
+        def visit(layer: Layer, name: str = name) -> None:
+            tensors = (t.to(model.device) for t in (layer.query, layer.key, layer.value))
+            tile = next(iter(rules.values())).tile
+            chosen = sample(len(layer.query), tile, seed)
+            swept = sweep(*tensors, layer.scale, rules, tile_size=tile, chosen=chosen)
+            parts.add(name, layer.index, as_lists(swept))
+            progress(name, 1)
+
+        visit_layers(model, ids, left[name], visit)
+
+
+def layer_curves(parts: Parts, names: Sequence[str], layer: int, rule: str, num_kv_heads: int) -> Curves:
+    """The mean over prompts."""
+    density, error = [], []
+    for name in names:
+        figures = {figure: numpy.array(rows) for figure, rows in parts.done[name, layer][rule].items()}
+        mse, relative = figures["mse"], figures["rel_error"]
+        # What an error is relative to: any threshold that errs tells a head's mean square.
+        at = relative.argmax(1)[:, None]
+        worst, share = numpy.take_along_axis(mse, at, 1), numpy.take_along_axis(relative, at, 1)
+        power = numpy.divide(worst, share, out=numpy.zeros_like(worst), where=share > 0)[:, 0]
+        group = len(mse) // num_kv_heads
+        density.append(figures["density"].reshape(num_kv_heads, group, -1).mean(1))
+        error.append(mse.reshape(num_kv_heads, group, -1).sum(1) / max(power.sum(), 1e-30))
+    return Curves(numpy.mean(density, 0), numpy.mean(error, 0))

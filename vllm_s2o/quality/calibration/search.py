@@ -1,0 +1,117 @@
+"""Thresholds that meet a budget, from curves of error and density.
+
+A threshold is chosen for each KV head: the query heads that share keys share a ranking, and what it misses. At a price
+of density each head takes the threshold where error + price x density is least; one price for all heads that share a
+budget spends the density where it saves most error. A budget is met by searching the price.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy
+
+from .curves import Curves
+
+DENSE_FROM = 0.9
+"""A layer that would visit more is dense: it would cost more than it saves."""
+
+PAYS = 0.97
+"""A layer's heads have thresholds of their own if these visit at most this share of what one threshold would."""
+
+PRICES = numpy.logspace(-9, 3, 400)
+"""Relative error for all of the density, from nothing to more than any head can err."""
+
+
+class Budget(NamedTuple):
+    """What may be spent: exactly one of these is given."""
+
+    max_relative_error: float | None = None
+    """Of each layer's attention, relative to its mean square."""
+    target_density: float | None = None
+    """Visited / causal pairs, the mean over all layers."""
+    max_logit_kl: float | None = None
+    """Of the next token's distribution from dense attention's, in nats."""
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value:g}" for name, value in self._asdict().items() if value is not None)
+
+
+class Choice(NamedTuple):
+    """What a layer runs with."""
+
+    at: tuple[int, ...] | None
+    """Index of the swept threshold for each KV head; None: the layer is dense."""
+    density: float
+    error: float
+
+    @property
+    def dense(self) -> bool:
+        return self.at is None
+
+
+DENSE = Choice(None, 1.0, 0.0)
+
+
+def take(curves: Curves, at: Sequence[int]) -> Choice:
+    """These thresholds on these curves."""
+    heads = numpy.arange(len(at))
+    density = curves.density[heads, list(at)].mean()
+    return Choice(tuple(int(i) for i in at), float(density), float(curves.error[heads, list(at)].sum()))
+
+
+def at_price(curves: Curves, price: float) -> Choice:
+    """The best thresholds where all of the density costs `price`."""
+    return take(curves, (curves.error + price * curves.density / len(curves.density)).argmin(1))
+
+
+def same_everywhere(curves: Curves, index: int) -> Choice:
+    return take(curves, [index] * len(curves.density))
+
+
+def within_error(curves: Curves, allowed: float) -> Choice:
+    """The fewest pairs at which a layer errs at most `allowed`; dense where that is nearly all of them."""
+    fits = [choice for price in PRICES if (choice := at_price(curves, price)).error <= allowed]
+    single = [same_everywhere(curves, index) for index in range(curves.density.shape[1])]
+    fits += [choice for choice in single if choice.error <= allowed]
+    if not fits:
+        return DENSE
+    best = min(fits, key=lambda choice: choice.density)
+    return _plain(curves, best, allowed) if best.density <= DENSE_FROM else DENSE
+
+
+def _plain(curves: Curves, best: Choice, allowed: float) -> Choice:
+    """One threshold for all heads, unless their own save enough."""
+    single = [same_everywhere(curves, index) for index in range(curves.density.shape[1])]
+    single = [choice for choice in single if choice.error <= allowed]
+    plain = min(single, key=lambda choice: choice.density, default=None)
+    return plain if plain is not None and best.density > PAYS * plain.density else best
+
+
+def within_density(layers: Sequence[Curves], density: float) -> list[Choice]:
+    """The least error, all layers counted alike, at which the mean density is at most `density`."""
+    for price in PRICES:
+        found = [at_price(curves, price) for curves in layers]
+        # What a dense layer saves in error it costs in density, at the same price.
+        found = [choice if choice.density <= DENSE_FROM else DENSE for choice in found]
+        if mean_density(found) <= density:
+            return found
+    return found
+
+
+def best_single(layers: Sequence[Curves], kept_dense: Sequence[bool], worst: float) -> tuple[int, float] | None:
+    """The largest threshold that, on all layers but those kept dense, errs at most `worst` in any of them.
+
+    Returns:
+        Its index, and its mean density; None where no threshold does.
+    """
+    for index in reversed(range(layers[0].density.shape[1])):
+        found = [
+            DENSE if dense else same_everywhere(curves, index) for curves, dense in zip(layers, kept_dense, strict=True)
+        ]
+        if max(choice.error for choice in found) <= worst:
+            return index, mean_density(found)
+    return None
+
+
+def mean_density(choices: Sequence[Choice]) -> float:
+    return sum(choice.density for choice in choices) / len(choices)
