@@ -34,7 +34,11 @@ ALLOWED: dict[type[BaseModel], dict[str, str]] = {
         "budget": "a number above 0 and up to 1",
     },
     Override: {"layers": _RANGES, "heads": _RANGES, "threshold": f'{_TAU}, or "dense"'},
-    Provenance: {"calibrated": "true or false", **dict.fromkeys(("source", "date", "note"), "a text")},
+    Provenance: {
+        "calibrated": "true or false",
+        **dict.fromkeys(("source", "date", "note"), "a text"),
+        "calibration": "an object, as `vllm-s2o calibrate` writes it",
+    },
     ConfigFile: {
         **dict.fromkeys(("min_seq_len", "min_query_len"), _LENGTH),
         "params": f"an object with any of: {', '.join(S2OParams.model_fields)}",
