@@ -66,13 +66,29 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def script(environment, place):
+def trained(tmp_path_factory, place):
+    """The same with the real model, whose attention has something to calibrate."""
+    real = ROOT / MODEL
+    if not (real / "prepared.txt").exists():
+        pytest.skip(f"there is no {MODEL}; `make test` makes it")
+    trained = tmp_path_factory.mktemp("trained") / "place"
+    shutil.copytree(place, trained, ignore=shutil.ignore_patterns(".models"))
+    (trained / MODEL).parent.mkdir()
+    (trained / MODEL).symlink_to(real)
+    return trained
+
+
+@pytest.fixture(scope="module")
+def script(environment, place, request):
     """Run a line once, however many tests look at it."""
     known = {}
 
     def script(line: str):
         if line not in known:
-            known[line] = environment.run(*shlex.split(line)[1:], cwd=place)
+            command, *options = shlex.split(line)[1:]
+            runs = command in ("calibrate", "evaluate") and "--help" not in options
+            where = request.getfixturevalue("trained") if runs else place
+            known[line] = environment.run(command, *options, cwd=where)
         return known[line]
 
     return script

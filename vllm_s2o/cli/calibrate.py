@@ -39,7 +39,7 @@ def calibrate(
 
     \b
     Example:
-      vllm-s2o calibrate .models/SmolLM2-135M-Instruct --max-relative-error 0.01 --out smollm2.yaml
+      vllm-s2o calibrate .models/SmolLM2-135M-Instruct --max-relative-error 0.01 --text code --tokens 2048 --out my.yaml
     """
     from vllm_s2o.quality.calibration import Budget, CalibrationError
     from vllm_s2o.quality.calibration.run import calibrate as search

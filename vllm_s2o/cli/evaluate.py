@@ -37,7 +37,7 @@ def evaluate(
 
     \b
     Example:
-      vllm-s2o evaluate .models/SmolLM2-135M-Instruct --text code --tokens 4096
+      vllm-s2o evaluate .models/SmolLM2-135M-Instruct --text code --tokens 2048
     """
     from vllm_s2o.quality.capture import CaptureError, open_model
     from vllm_s2o.quality.cost import CostError, mean, measure

@@ -6,11 +6,21 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def layers_done(total: int, quiet: bool = False) -> Iterator[Callable[[str, int], None]]:
-    """A function to tell what is being done, and how many more layers of it are; `quiet`: show nothing."""
+    """A function to tell what is being done, and how many more layers of it are.
+
+    Args:
+        total: layers in all.
+        quiet: show nothing, as where nobody looks: stderr is no terminal.
+    """
     from tqdm import tqdm
 
+    with contextlib.suppress(ImportError):  # whoever needs it says so
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # of the weights, which are loaded in seconds
+
     shown = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} layers, {elapsed} gone"
-    with tqdm(total=total, bar_format=shown, disable=quiet) as bar:
+    with tqdm(total=total, bar_format=shown, disable=quiet or None) as bar:
 
         def tell(name: str, layers: int) -> None:
             bar.set_description(name)
