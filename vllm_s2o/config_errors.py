@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from vllm_s2o.config_file import ConfigFile, Match, Override, Provenance, Settings
+from vllm_s2o.config_file import Calibration, ConfigFile, Match, Override, Provenance, Settings
 from vllm_s2o.params import NOT_WHOLE_TILES, S2OParams
 from vllm_s2o.yaml_file import ConfigError
 
@@ -34,7 +34,11 @@ ALLOWED: dict[type[BaseModel], dict[str, str]] = {
         "budget": "a number above 0 and up to 1",
     },
     Override: {"layers": _RANGES, "heads": _RANGES, "threshold": f'{_TAU}, or "dense"'},
-    Provenance: {"calibrated": "true or false", **dict.fromkeys(("source", "date", "note"), "a text")},
+    Provenance: {
+        "calibrated": "true or false",
+        **dict.fromkeys(("source", "date", "note"), "a text"),
+        "calibration": f"an object with any of: {', '.join(Calibration.model_fields)}",
+    },
     ConfigFile: {
         **dict.fromkeys(("min_seq_len", "min_query_len"), _LENGTH),
         "params": f"an object with any of: {', '.join(S2OParams.model_fields)}",

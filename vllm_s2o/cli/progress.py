@@ -6,14 +6,24 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def layers_done(total: int, quiet: bool = False) -> Iterator[Callable[[str, int], None]]:
-    """A function to tell what is being done, and how many more layers of it are; `quiet`: show nothing."""
-    from tqdm import tqdm
+    """A function to tell what is being done, and how many more layers of it are; `quiet`: show nothing.
 
+    Nothing is shown before the first word of it either: what is refused is told in one line.
+    """
     shown = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} layers, {elapsed} gone"
-    with tqdm(total=total, bar_format=shown, disable=quiet) as bar:
+    bar = None
 
-        def tell(name: str, layers: int) -> None:
-            bar.set_description(name)
-            bar.update(layers)
+    def tell(name: str, layers: int) -> None:
+        nonlocal bar
+        if bar is None:
+            from tqdm import tqdm  # comes with transformers, which whoever has something to tell has imported
 
+            bar = tqdm(total=total, bar_format=shown, disable=quiet)
+        bar.set_description_str(name)
+        bar.update(layers)
+
+    try:
         yield tell
+    finally:
+        if bar is not None:
+            bar.close()
