@@ -136,9 +136,11 @@ def _check(budget: Budget, texts: Sequence[str], num_tokens: int, segment_lens: 
         )
     if not texts:
         raise CalibrationError("At least one text must be named.")
-    if not segment_lens or num_tokens < 2 * max(segment_lens):
+    if not segment_lens:
+        raise CalibrationError("At least one segment length must be named.")
+    if num_tokens < 2 * max(segment_lens):
         raise CalibrationError(
-            f"{num_tokens} tokens hold no two segments of {max(segment_lens, default=0)}: only keys before a prompt's "
+            f"{num_tokens} tokens hold no two segments of {max(segment_lens)}: only keys before a prompt's "
             "first segment can be left out."
         )
 
