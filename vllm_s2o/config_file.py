@@ -95,22 +95,6 @@ class Override(_Strict):
 _Date = Annotated[str, BeforeValidator(lambda given: str(given) if isinstance(given, datetime.date) else given)]
 
 
-class Calibration(_Strict):
-    """What thresholds were searched on, and what they reach on text that they were not chosen on."""
-
-    texts: tuple[str, ...] = Field(description="Texts, of which one half was for choosing.")
-    tokens: Length = Field(description="Length of each prompt.")
-    budget: str = Field(description="What the search had to stay within.")
-    seed: int = Field(0, strict=True, description="Which tiles of the prompts were looked at.")
-    context_extension: float = Field(1.0, description="By which YaRN extended the model's context.")
-    density: float = Field(description="Visited / causal pairs, the mean over all layers.")
-    worst_relative_error: float = Field(description="Of the layer that errs most, relative to its mean square.")
-    logit_kl: float | None = Field(None, description="Divergence of the next token's distribution, in nats.")
-    layer_density: tuple[float, ...] = Field((), description="Of each layer.")
-    layer_relative_error: tuple[float, ...] = Field((), description="Of each layer.")
-    versions: dict[str, str] = Field({}, description="Of what searched.")
-
-
 class Provenance(_Strict):
     """Where a file's figures come from."""
 
@@ -118,7 +102,9 @@ class Provenance(_Strict):
     source: str = Field("not stated", description="What the values rest on.")
     date: _Date | None = Field(None, description="When they were found.")
     note: str | None = Field(None, description="Anything a user should know.")
-    calibration: Calibration | None = Field(None, description="How `vllm-s2o calibrate` found them.")
+    calibration: dict[str, Any] | None = Field(
+        None, description="How they were found, and what they reach on text that they were not chosen on, by layer."
+    )
 
     def __str__(self) -> str:
         return ", ".join(text for text in (self.source, self.date, self.note) if text)

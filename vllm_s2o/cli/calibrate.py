@@ -6,7 +6,7 @@ import click
 
 from vllm_s2o import model as models
 from vllm_s2o import settings
-from vllm_s2o.cli.options import as_json, print_json
+from vllm_s2o.cli.options import additional_config, as_json, print_json
 from vllm_s2o.cli.progress import layers_done
 
 LONGEST = 2**20
@@ -25,9 +25,12 @@ LONGEST = 2**20
 )
 @click.option("--min-seq-len", type=click.IntRange(1), metavar="N", help="Of the config; estimated by default.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which tiles of the prompts are looked at.")
+@additional_config
 @click.option("--force", is_flag=True, help="Replace FILE if it is there.")
 @as_json
-def calibrate(model, out, texts, tokens, segment_lens, min_seq_len, seed, force, as_json, **budgets) -> None:
+def calibrate(
+    model, out, texts, tokens, segment_lens, min_seq_len, seed, additional, force, as_json, **budgets
+) -> None:
     """Search thresholds for MODEL, per layer and per KV head, and write a config file.
 
     MODEL is a directory or a name on Hugging Face. It runs densely in transformers on one half of each text, where
@@ -52,6 +55,7 @@ def calibrate(model, out, texts, tokens, segment_lens, min_seq_len, seed, force,
         try:
             found = search(
                 model, out, Budget(**budgets), num_tokens=tokens, min_seq_len=min_seq_len, seed=seed,
+                additional=settings.part_of(additional),
                 progress=progress, **given,
             )  # fmt: skip
         except CalibrationError as error:

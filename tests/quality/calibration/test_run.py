@@ -1,4 +1,4 @@
-"""From a model to a file: its budget, its second run, its interruptions, and what it says of bad input."""
+"""What calibration promises, on a model that is worth one: it beats a single threshold, and its figures are true."""
 
 import json
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 from calibration_case import TASK, TOKENS
 
-from vllm_s2o.config import load_config
+from vllm_s2o.config import ModelTraits, S2OParams, load_config
 from vllm_s2o.quality import cost
 from vllm_s2o.quality.calibration import Budget, CalibrationError, calibrate, choose, curves
+from vllm_s2o.quality.calibration.search import Choice
 from vllm_s2o.quality.capture import model_traits, open_model
 from vllm_s2o.quality.sweep import sweep
 
@@ -38,7 +39,7 @@ def swept(monkeypatch):
     return seen
 
 
-# -- budgets ----------------------------------------------------------------------------------------------------------
+# -- promises ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_layer_is_within_the_error_and_few_pairs_are_visited(calibrated):
@@ -54,45 +55,6 @@ def test_it_beats_the_best_single_threshold_on_held_out_text(calibrated):
     assert found.density < 0.95 * density
 
 
-def test_a_density_is_met(checkpoint, tmp_path):
-    found = calibrate(checkpoint, tmp_path / "a.yaml", Budget(target_density=0.5), **TASK)
-    density = sum(choice.density for choice in found.layers) / LAYERS
-    assert 0.4 < density <= 0.5
-    assert found.density == pytest.approx(density, rel=0.15), "on the other half of the text, too"
-
-
-def test_a_divergence_is_met_by_the_config_that_is_written(checkpoint, tmp_path):
-    """The whole model with the file's thresholds: what was searched is what is served."""
-    allowed = 0.02
-    found = calibrate(checkpoint, tmp_path / "a.yaml", Budget(max_logit_kl=allowed), **TASK)
-    assert 0.2 * allowed < found.kl <= allowed
-    source = open_model(checkpoint, TOKENS)
-    model = source.load(torch.device("cpu"))
-    ids = source.prompt("code", TOKENS, "choosing")
-    assert cost.measure(model, ids, config_of(checkpoint, tmp_path / "a.yaml"))[0].kl == pytest.approx(found.kl)
-
-
-# -- the file ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_file_has_what_was_found(checkpoint, calibrated):
-    out, found = calibrated
-    config = config_of(checkpoint, out)
-    for layer, choice in enumerate(found.layers):
-        params = config.layer(layer)
-        per_head = [found.thresholds[at] for at in choice.at for _ in range(2)]  # query heads of a KV head
-        assert list(params.thresholds(4)) == per_head
-        assert params.segment_len == found.params.segment_len
-    assert config.min_seq_len == 512 and config.calibrated
-    told = config.file.provenance.calibration
-    assert (told.texts, told.tokens, told.budget, told.seed) == (("code",), TOKENS, "max_relative_error=0.02", 0)
-    assert len(told.layer_density) == len(told.layer_relative_error) == LAYERS
-    assert told.worst_relative_error == pytest.approx(found.worst_error, rel=1e-2)
-    assert set(told.versions) == {"vllm-s2o", "torch", "transformers"} and config.file.provenance.date
-    assert checkpoint not in out.read_text(), "no path of this machine"
-    assert list(out.parent.iterdir()) == [out], "nothing is left beside it"
-
-
 def test_what_is_told_of_held_out_text_is_what_a_whole_run_costs(checkpoint, calibrated):
     """Tiles were looked at by chance and layers got dense inputs; `cost` runs all of the prompt, errors adding up."""
     out, found = calibrated
@@ -104,32 +66,25 @@ def test_what_is_told_of_held_out_text_is_what_a_whole_run_costs(checkpoint, cal
         assert 0.3 < layer.rel_error / choice.error < 3
 
 
+def test_a_candidate_is_measured_without_the_shipped_file():
+    """SmolLM2's keeps layer 0 dense: a candidate in which it is sparse must be so when logits are compared."""
+    traits = ModelTraits("SmolLM2-135M-Instruct", "LlamaForCausalLM", 30, 9, 3, 64)
+    assert load_config(traits).layer(0) is None
+    choices = [Choice((1, 1, 1), 0.5, 0.01)] * 29 + [Choice((1, 0, 1), 0.5, 0.01)]
+    config = choose.as_config(traits, choices, S2OParams(segment_len=256), (0.01, 0.02))
+    assert [config.layer(layer).threshold for layer in (0, 28)] == [0.02, 0.02]
+    assert config.layer(29).threshold == (*[0.02] * 3, *[0.01] * 3, *[0.02] * 3)
+    assert config.params.segment_len == 256 and config.min_seq_len == 1
+
+
 # -- again ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_seed_finds_the_same_and_another_one_looks_elsewhere(checkpoint, calibrated, tmp_path):
-    out, found = calibrated
-    assert calibrate(checkpoint, tmp_path / "a.yaml", ERROR, **TASK) == found
-    assert (tmp_path / "a.yaml").read_text() == out.read_text()
-    assert calibrate(checkpoint, tmp_path / "b.yaml", ERROR, seed=1, **TASK).layers != found.layers
-
-
-@pytest.mark.parametrize("after", [2, 4])
-def test_a_run_that_was_cut_off_goes_on(checkpoint, calibrated, tmp_path, swept, after):
-    """Once while thresholds are chosen and once while they are judged, each time in the middle of a line."""
-    out, found = tmp_path / "a.yaml", calibrated[1]
-
-    def cut(name: str, layers: int) -> None:
-        if len(swept) == after:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(checkpoint, out, ERROR, progress=cut, **TASK)
-    assert not out.exists() and len(swept) == after
-    parts(out).write_bytes(parts(out).read_bytes()[:-100])
-    assert calibrate(checkpoint, out, ERROR, **TASK) == found
-    assert len(swept) == 2 * LAYERS + 1, "one was lost with its line"
-    assert not parts(out).exists()
+def test_another_seed_looks_at_other_tiles(checkpoint, calibrated, tmp_path):
+    _, found = calibrated
+    other = calibrate(checkpoint, tmp_path / "a.yaml", ERROR, seed=1, **TASK)
+    assert other.layers != found.layers
+    assert other.density == pytest.approx(found.density, rel=0.2)
 
 
 def test_runs_for_a_divergence_are_not_run_again(checkpoint, tmp_path, monkeypatch):
@@ -178,14 +133,8 @@ def test_sweeps_with_other_settings_are_not_mixed(checkpoint, tmp_path, changes,
 @pytest.mark.parametrize(
     "budget, changes, said",
     [
-        (Budget(), {}, "Exactly one budget is needed: "),
-        (Budget(0.1, 0.1), {}, "Exactly one budget is needed: "),
-        (Budget(max_relative_error=0.0), {}, "The budget max_relative_error=0 cannot be met: "),
         (Budget(target_density=1.0), {}, "The budget target_density=1 cannot be met: "),
         (Budget(max_logit_kl=float("nan")), {}, "The budget max_logit_kl=nan cannot be met: "),
-        (ERROR, {"num_tokens": 200}, "200 tokens hold no two segments of 512: "),
-        (ERROR, {"texts": ()}, "At least one text must be named."),
-        (ERROR, {"texts": ("poetry",)}, "The text poetry cannot be read: "),
         (ERROR, {"segment_lens": (200,)}, "These parameters cannot be used: segment_len=200 must be a multiple of "),
         (ERROR, {"segment_lens": (0,)}, "These parameters cannot be used: "),
         (ERROR, {"segment_lens": ()}, "At least one segment length must be named."),

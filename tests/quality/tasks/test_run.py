@@ -320,7 +320,9 @@ def test_yarn_extends_a_context(checkpoint, tmp_path):
 
     assert backends.extension(open_model(checkpoint, 8192), 8192) == []
     flag, overrides, *more = backends.extension(open_model(checkpoint, 32768), 32768)
-    rope = json.loads(overrides)["rope_parameters"]
+    overrides = json.loads(overrides)
+    rope = overrides["rope_parameters"]
+    assert overrides["max_position_embeddings"] == 32768, "vLLM refuses a longer sequence than this"
     assert flag == "--hf-overrides" and more == ["--max-model-len", "32768"]
     assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"]) == ("yarn", 4.0, 8192)
 

@@ -72,7 +72,7 @@ def within_kl(
         rule, choices = cheapest(Budget(max_relative_error=error), curves, lengths)
         kl = 0.0
         if not all(choice.dense for choice in choices):
-            config = _as_config(source.traits, choices, params[rule], rules[rule].values)
+            config = as_config(source.traits, choices, params[rule], rules[rule].values)
             name = f"logits of {config.digest()}"
             if (name, 0) not in parts.done:
                 progress(f"run {run + 1} of at most {runs}, for logits", 0)
@@ -93,7 +93,7 @@ def within_kl(
     return best
 
 
-def _as_config(
+def as_config(
     traits: ModelTraits, choices: Sequence[Choice], params: S2OParams, values: Sequence[float]
 ) -> ResolvedConfig:
     """A config of these choices and of nothing else: no shipped file lies below it. Sparse at every length."""

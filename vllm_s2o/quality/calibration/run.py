@@ -11,7 +11,7 @@ import importlib.metadata
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vllm_s2o.config import ConfigError, ModelTraits, load_config
 from vllm_s2o.params import S2OParams
@@ -59,7 +59,7 @@ class Found(NamedTuple):
 
 def calibrate(
     model: str, out: Path, budget: Budget, *, texts: Sequence[str] = SOURCES[:2], num_tokens: int = 8192,
-    segment_lens: Sequence[int] = (256, 512), min_seq_len: int | None = None, seed: int = 0,
+    segment_lens: Sequence[int] = (256, 512), min_seq_len: int | None = None, seed: int = 0, additional: Any = None,
     progress: Callable[[str, int], object] = lambda name, layers: None,
 ) -> Found:  # fmt: skip
     """Search a config for a model and write it.
@@ -71,6 +71,7 @@ def calibrate(
         segment_lens: multiples of the tile size; the cheapest one is taken.
         min_seq_len: of the written config; estimated if None.
         seed: which tiles are looked at.
+        additional: what is not searched, over the model's present config: as in `load_config`.
         progress: told what is done, and how many layers of it; see `steps` for how many there are.
 
     Raises:
@@ -80,7 +81,7 @@ def calibrate(
     _check(budget, texts, num_tokens, segment_lens)
     with _one_sentence():
         source = open_model(model, num_tokens)
-        base = load_config(source.traits)
+        base = load_config(source.traits, additional)
         params = {f"{length}": with_changes(base.params, segment_len=length) for length in segment_lens}
         rules = {name: rule_of(one) for name, one in params.items()}
         prompts = {f"{split}: {text}": source.prompt(text, num_tokens, split) for split in SPLITS for text in texts}
@@ -90,7 +91,7 @@ def calibrate(
                 "model": model, "tokens": num_tokens, "seed": seed, "context extension": source.rope_factor,
                 # A file of one's own may have changed since.
                 "texts": [[name, hashlib.sha256(str(ids).encode()).hexdigest()[:12]] for name, ids in prompts.items()],
-                "methods": {name: [repr(rule)] for name, rule in rules.items()},
+                "methods": {name: repr(rule) for name, rule in rules.items()},
             },
         )  # fmt: skip
         measure(source, parts, prompts, rules, seed, progress)

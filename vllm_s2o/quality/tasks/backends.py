@@ -100,5 +100,7 @@ def extension(source: Source, length: int) -> list[str]:
     """
     if source.rope_factor == 1:
         return []
-    overrides = {"rope_parameters": source.config.get_text_config().rope_parameters}
+    config = source.config.get_text_config()
+    # vLLM takes YaRN's factor as contained in the length of the context; 0.25.1 sees the length before it as well.
+    overrides = {"rope_parameters": config.rope_parameters, "max_position_embeddings": config.max_position_embeddings}
     return ["--hf-overrides", json.dumps(overrides), "--max-model-len", str(length)]

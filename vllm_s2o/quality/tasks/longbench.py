@@ -21,7 +21,7 @@ def ask(record: Record) -> Question:
     return Question(
         "The following text is followed by a question about it.",
         record["context"].strip(),
-        f"{record['question'].strip()}\n{choices}\n\nOne choice is correct. Answer: {SAID} (its letter).",
+        f"{record['question'].strip()}\n{choices}\n\nWhich choice is correct? Answer with its letter.",
         f"{SAID} (",
     )
 
