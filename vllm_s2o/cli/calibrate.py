@@ -47,9 +47,10 @@ def calibrate(
 
     if out.exists() and not force:
         raise click.UsageError(f"{out} is there already: name another file, or add --force.")
-    given = {"texts": texts} if texts else {"texts": ("code", "prose")}
-    given |= {"segment_lens": segment_lens} if segment_lens else {}
-    layers = settings.traits_of(models.read(model)).num_layers
+    given = {"texts": tuple(dict.fromkeys(texts)) or ("code", "prose")}
+    given |= {"segment_lens": tuple(dict.fromkeys(segment_lens))} if segment_lens else {}
+    known = models.read(model)
+    layers = settings.traits_of(known).num_layers
     with layers_done(steps(layers, len(given["texts"])), quiet=as_json) as progress:
         try:
             found = search(
@@ -59,11 +60,19 @@ def calibrate(
             )  # fmt: skip
         except CalibrationError as error:
             raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo("\nvllm-s2o calibrate: stopped; the same command goes on from here.", err=True)
+            raise
     if as_json:
         print_json(_document(found, out))
         return
     for line in _lines(found):
         click.echo(line)
+    if known.max_model_len is not None and found.min_seq_len > known.max_model_len:
+        click.echo(
+            f"No prompt is as long as that: the model's context ends at {known.max_model_len} tokens. "
+            "--min-seq-len sets another minimum."
+        )
     click.echo(f'\nWritten: {out}. Serve with --additional-config \'{{"s2o": "{out}"}}\'.')
 
 
@@ -73,18 +82,22 @@ def _thresholds(found, layer: int) -> list[float] | None:
 
 
 def _lines(found) -> list[str]:
+    from vllm_s2o.quality.calibration import search
+
     rows = ["layer  thresholds per KV head           density  relative error   (held-out text)"]
     for layer, choice in enumerate(found.held_out):
         taus = _thresholds(found, layer)
         shown = "dense" if taus is None else f"{taus[0]:g}" if len(set(taus)) == 1 else " ".join(f"{t:g}" for t in taus)
         rows.append(f"{layer:5}  {shown:32} {choice.density:8.3f}  {choice.error:.1e}")
     rows.append(f"{'all':>5}  {'':32} {found.density:8.3f}  {found.worst_error:.1e} (worst)")
+    chosen = search.mean_density(found.layers), max(choice.error for choice in found.layers)
+    rows.append(f"{'':5}  {'where they were chosen':>32} {chosen[0]:8.3f}  {chosen[1]:.1e} (worst)")
     rows.append(f"\nsegment_len {found.params.segment_len}, min_seq_len {found.min_seq_len}")
     if found.single is None:
         rows.append("No single threshold reaches that worst layer.")
     else:
         threshold, density = found.single
-        rows.append(f"The best single threshold with no worse layer, {threshold:g}, visits {density:.3f}.")
+        rows.append(f"The best single threshold with no worse layer, {threshold:.3g}, visits {density:.3f}.")
     if found.kl is not None:
         rows.append(f"Divergence of the next token: {found.kl:.2g} nats.")
     return rows
@@ -94,6 +107,7 @@ def _document(found, out: Path) -> dict:
     return {
         "file": str(out), "segment_len": found.params.segment_len, "min_seq_len": found.min_seq_len,
         "density": found.density, "worst_relative_error": found.worst_error, "logit_kl": found.kl,
+        "worst_relative_error_where_chosen": max(choice.error for choice in found.layers),
         "single": None if found.single is None else {"threshold": found.single[0], "density": found.single[1]},
         "layers": [
             {

@@ -13,7 +13,6 @@ import click
 # virtual machines are, calibrating takes seven times as long otherwise. Read when PyTorch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-
 from vllm_s2o.cli.calibrate import calibrate
 from vllm_s2o.cli.config_commands import config
 from vllm_s2o.cli.doctor import doctor

@@ -36,6 +36,7 @@ def test_a_density_is_kept_and_spent_where_it_helps(density):
 
 
 def test_the_best_single_threshold_is_the_loosest_that_no_layer_suffers_from():
-    assert search.best_single([EASY, HARD], [False, False], 2e-3) == (0, 1.0)
-    assert search.best_single([EASY, HARD], [False, True], 2e-3) == (2, pytest.approx(0.55))
-    assert search.best_single([Curves(HARD.density, HARD.error + 1)], [False], 0.5) is None
+    values = (0.0, 0.01, 0.1)
+    assert search.best_single([EASY, HARD], [False, False], 2e-3, values) == (0.0, 1.0)
+    assert search.best_single([EASY, HARD], [False, True], 2e-3, values) == (0.1, pytest.approx(0.55))
+    assert search.best_single([Curves(HARD.density, HARD.error + 1)], [False], 0.5, values) is None

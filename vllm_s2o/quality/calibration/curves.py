@@ -1,6 +1,8 @@
 """Error and density of each KV head at each threshold, from a sample of a model's tiles."""
 
+import random
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy
@@ -14,6 +16,12 @@ from vllm_s2o.quality.sweep import sweep
 EVERY = 8
 """Of so many tiles that follow each other one is looked at."""
 
+LEAST = 8
+"""Tiles of a prompt that are looked at, at least: a short one has fewer to spare."""
+
+TAUS = (0.0, *(float(f"{2e-4 * 1.4**step:.3g}") for step in range(24)))
+"""Thresholds to choose from, up to 0.46: closer to each other than those of a frontier, and short in a file."""
+
 
 class Curves(NamedTuple):
     """One layer, at every swept threshold."""
@@ -26,17 +34,25 @@ class Curves(NamedTuple):
 
 
 def rule_of(params: S2OParams) -> S2O:
-    """The oracle of what these parameters select, at every threshold of a sweep."""
+    """The oracle of what these parameters select, at every threshold of TAUS."""
     return S2O(
         params.segment_len, stop_rule=params.stop_rule, interval=params.stop_interval, num_classes=params.num_classes,
-        tile=params.tile_size, key_block=params.key_block,
+        tile=params.tile_size, key_block=params.key_block, values=TAUS,
     )  # fmt: skip
 
 
-def sample(num_tokens: int, tile: int, seed: int) -> range:
-    """Every EVERY-th tile, from one that the seed chooses: early and late tiles have their share."""
+def sample(num_tokens: int, tile: int, seed: int, prompt: str, layer: int) -> list[int]:
+    """One tile of each run of up to EVERY neighbours, by chance: early and late ones have their share.
+
+    Tiles at a fixed distance would all stand at one place of their segments: the first tile of a segment of four sees
+    a quarter of the keys that the last one always visits, and every density would be wrong by that. The sample is
+    another one for each prompt and layer, so that what one misses is not missed in all.
+    """
+    chance = random.Random(f"{seed}, {prompt}, layer {layer}")
     tiles = -(-num_tokens // tile)
-    return range(seed % min(EVERY, tiles), tiles, EVERY)
+    runs = max(tiles // EVERY, min(LEAST, tiles))
+    borders = [run * tiles // runs for run in range(runs + 1)]
+    return [chance.randrange(first, end) for first, end in pairwise(borders)]
 
 
 def measure(
@@ -63,7 +79,7 @@ def measure(
         def visit(layer: Layer, name: str = name) -> None:
             tensors = (t.to(model.device) for t in (layer.query, layer.key, layer.value))
             tile = next(iter(rules.values())).tile
-            chosen = sample(len(layer.query), tile, seed)
+            chosen = sample(len(layer.query), tile, seed, name, layer.index)
             swept = sweep(*tensors, layer.scale, rules, tile_size=tile, chosen=chosen)
             parts.add(name, layer.index, as_lists(swept))
             progress(name, 1)

@@ -6,6 +6,7 @@ and by what their rankings cost; the shortest prompt that should be sparse is es
 
 import contextlib
 import datetime
+import hashlib
 import importlib.metadata
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -21,25 +22,12 @@ from vllm_s2o.quality.text import SOURCES
 from vllm_s2o.version import __version__
 
 from . import file, search
+from .choose import cheapest, with_changes, within_kl
 from .curves import Curves, layer_curves, measure, rule_of
-from .search import Budget, Choice
+from .search import Budget, CalibrationError, Choice
+from .speed import shortest
 
 SPLITS = ("choosing", "held-out")
-
-RANKING_COST = 0.008
-"""Of the causal pairs, what the ranking of a long prompt costs at segments of 512: on an H100 a twentieth of the time
-at a tenth of the pairs visited, and half as much again for the spread (benchmarks/lab.md). Twice the segments, twice
-that."""
-
-SPARSE_PAIR = 1.4
-"""Time of a visited pair in that of a pair of dense attention: 600 TFLOP/s against 430 on an H100."""
-
-LAUNCH = 0.4e-3 * 600e12
-"""Operations that dense attention would do while S2O's kernels start, of which short prompts are full."""
-
-
-class CalibrationError(RuntimeError):
-    """Why there is no config, in one sentence."""
 
 
 class Found(NamedTuple):
@@ -54,7 +42,8 @@ class Found(NamedTuple):
     thresholds: tuple[float, ...]
     """What a choice's indices name."""
     single: tuple[float, float] | None
-    """The largest threshold that, alone on all sparse layers, has no worse layer on the held-out half; its density."""
+    """The best threshold that, alone at any of the segment lengths, has no worse layer on the held-out half, chosen
+    there; and its density."""
     min_seq_len: int
     kl: float | None
     """On the first text; only where the budget is one of it."""
@@ -88,17 +77,20 @@ def calibrate(
     Raises:
         CalibrationError: in one sentence, whatever went wrong.
     """
+    texts = tuple(dict.fromkeys(texts))
     _check(budget, texts, num_tokens, segment_lens)
     with _one_sentence():
         source = open_model(model, num_tokens)
         base = load_config(source.traits, additional)
-        params = {f"{length}": _with(base.params, segment_len=length) for length in segment_lens}
+        params = {f"{length}": with_changes(base.params, segment_len=length) for length in segment_lens}
         rules = {name: rule_of(one) for name, one in params.items()}
         prompts = {f"{split}: {text}": source.prompt(text, num_tokens, split) for split in SPLITS for text in texts}
         parts = Parts(
             out.with_name(out.name + ".parts.jsonl"),
             {
                 "model": model, "tokens": num_tokens, "seed": seed, "context extension": source.rope_factor,
+                # A file of one's own may have changed since.
+                "texts": [[name, hashlib.sha256(str(ids).encode()).hexdigest()[:12]] for name, ids in prompts.items()],
                 "methods": {name: repr(rule) for name, rule in rules.items()},
             },
         )  # fmt: skip
@@ -116,15 +108,14 @@ def calibrate(
     kl = None
     with _one_sentence():
         if budget.max_logit_kl is not None:
-            rule, choices, kl = _within_kl(
+            rule, choices, kl = within_kl(
                 budget.max_logit_kl, source, {rule: curves["choosing", rule] for rule in rules}, params, rules,
-                prompts[names["choosing"][0]], out, progress,
+                prompts[names["choosing"][0]], parts, progress,
             )  # fmt: skip
         else:
-            rule, choices = _cheapest(budget, {rule: curves["choosing", rule] for rule in rules}, segment_lens)
-    found = _found(
-        choices, curves["held-out", rule], params[rule], rules[rule].values, traits, min_seq_len, num_tokens, kl
-    )
+            rule, choices = cheapest(budget, {rule: curves["choosing", rule] for rule in rules}, segment_lens)
+    held_out = {rule: curves["held-out", rule] for rule in rules}
+    found = _found(choices, held_out, rule, params[rule], rules[rule].values, traits, min_seq_len, num_tokens, kl)
     with _one_sentence():
         _write(out, found, source, base, budget, texts, num_tokens, seed)
         parts.path.unlink()
@@ -146,9 +137,11 @@ def _check(budget: Budget, texts: Sequence[str], num_tokens: int, segment_lens: 
         )
     if not texts:
         raise CalibrationError("At least one text must be named.")
-    if not segment_lens or num_tokens < 2 * max(segment_lens):
+    if not segment_lens:
+        raise CalibrationError("At least one segment length must be named.")
+    if num_tokens < 2 * max(segment_lens):
         raise CalibrationError(
-            f"{num_tokens} tokens hold no two segments of {max(segment_lens, default=0)}: only keys before a prompt's "
+            f"{num_tokens} tokens hold no two segments of {max(segment_lens)}: only keys before a prompt's "
             "first segment can be left out."
         )
 
@@ -163,111 +156,27 @@ def _one_sentence() -> Iterator[None]:
         raise CalibrationError(f"Cannot write {error.filename}: {error.strerror}.") from error
 
 
-def _with(params: S2OParams, **changes: Any) -> S2OParams:
-    """Validated, as `model_copy` is not."""
-    try:
-        return S2OParams(**{**params.model_dump(exclude={"budget"}), **changes})
-    except ValueError as error:
-        raise CalibrationError(
-            f"These parameters do not go together: {str(error).splitlines()[-1].strip()}."
-        ) from error
-
-
-def _cheapest(budget: Budget, curves: dict[str, list[Curves]], segment_lens: Sequence[int]) -> tuple[str, list[Choice]]:
-    """The best segment length's choices: the cheapest at an error, the one that errs least at a density."""
-    found = {}
-    for rule, length in zip(curves, segment_lens, strict=True):
-        ranking = RANKING_COST * 512 / length
-        if budget.target_density is not None:
-            choices = search.within_density(curves[rule], budget.target_density)
-            density = search.mean_density(choices)
-            if density > budget.target_density:
-                if length == max(segment_lens) and not found:
-                    lowest = min(density, *(entry[1] for entry in found.values())) if found else density
-                    raise CalibrationError(
-                        f"A density of {budget.target_density:g} cannot be reached: segments of {length} visit "
-                        f"{lowest:.3f} at least."
-                    )
-                continue
-            found[rule] = (sum(choice.error for choice in choices), density, choices)
-        else:
-            choices = [search.within_error(layer, budget.max_relative_error) for layer in curves[rule]]
-            found[rule] = (search.mean_density(choices) + ranking, search.mean_density(choices), choices)
-    rule = min(found, key=lambda rule: found[rule][0])
-    return rule, found[rule][2]
-
-
-def _within_kl(
-    allowed: float, source: Source, curves: dict[str, list[Curves]], params: dict[str, S2OParams], rules: dict,
-    ids: list[int], out: Path, progress: Callable[[str, int], object], runs: int = 5,
-) -> tuple[str, list[Choice], float]:  # fmt: skip
-    """The cheapest choices whose next tokens stay within a divergence, measured on one prompt."""
-    model = source.load()
-    lengths = [params[rule].segment_len for rule in rules]
-    error, best = 3e-3, None
-    for _ in range(runs):
-        rule, choices = _cheapest(Budget(max_relative_error=error), curves, lengths)
-        if all(choice.dense for choice in choices):
-            break
-        config = _as_config(source.traits, choices, params[rule], rules[rule].values)
-        kl = cost.measure(model, ids, config, lambda layers: progress("logits", 0))[0].kl
-        if kl <= allowed and (best is None or search.mean_density(choices) < search.mean_density(best[1])):
-            best = rule, choices, kl
-        if 0.8 * allowed <= kl <= allowed:
-            break
-        # The divergence is about in proportion to the error; a little less, so as to end below.
-        error = min(0.5, error * min(10, max(0.1, 0.9 * allowed / max(kl, 1e-12))))
-    if best is None:
-        raise CalibrationError(f"No thresholds kept the divergence of logits at {allowed:g} or below in {runs} runs.")
-    return best
-
-
-def _as_config(traits: ModelTraits, choices: Sequence[Choice], params: S2OParams, values: Sequence[float]):
-    """A resolved config of these choices, sparse at every length."""
-    common, layers = file.overrides(choices, values, traits.num_heads // traits.num_kv_heads)
-    given = {
-        "params": _with(params, threshold=common).model_dump(exclude={"budget"}),
-        "layers": layers,
-        "min_seq_len": 1,
-    }
-    return load_config(traits, given)
-
-
 def _found(
-    choices: Sequence[Choice], held_out: Sequence[Curves], params: S2OParams, values: Sequence[float],
-    traits: ModelTraits, min_seq_len: int | None, num_tokens: int, kl: float | None,
+    choices: Sequence[Choice], held_out: dict[str, list[Curves]], rule: str, params: S2OParams,
+    values: Sequence[float], traits: ModelTraits, min_seq_len: int | None, num_tokens: int, kl: float | None,
 ) -> Found:  # fmt: skip
     if all(choice.dense for choice in choices):
         raise CalibrationError("No layer can be sparse within this budget: nothing is written.")
     judged = [
         search.DENSE if choice.dense else search.take(curves, choice.at)
-        for choice, curves in zip(choices, held_out, strict=True)
+        for choice, curves in zip(choices, held_out[rule], strict=True)
     ]
-    single = search.best_single(held_out, [choice.dense for choice in choices], max(choice.error for choice in judged))
+    dense, worst = [choice.dense for choice in choices], max(choice.error for choice in judged)
+    singles = [search.best_single(curves, dense, worst, values) for curves in held_out.values()]
+    single = min((one for one in singles if one), key=lambda one: one[1], default=None)
     common, _ = file.overrides(choices, values, traits.num_heads // traits.num_kv_heads)
     if min_seq_len is None:
         sparse = [choice.density for choice in choices if not choice.dense]
         min_seq_len = shortest(traits, sum(sparse) / len(sparse), num_tokens, params.segment_len)
     return Found(
-        _with(params, threshold=common), tuple(choices), tuple(judged), tuple(values),
-        None if single is None else (values[single[0]], single[1]), min_seq_len, kl,
+        with_changes(params, threshold=common), tuple(choices), tuple(judged), tuple(values),
+        single, min_seq_len, kl,
     )  # fmt: skip
-
-
-def shortest(traits: ModelTraits, density: float, num_tokens: int, segment_len: int) -> int:
-    """The shortest prompt, in powers of two, that S2O should take less time for than dense attention on an H100.
-
-    A tile visits about as many keys of a short history as of a long one: what is a share of the pairs at `num_tokens`
-    is a larger one of fewer. That is an estimate: at 50 / 30 / 20 % of 4,096 / 8,192 / 16,384 tokens S2O took 2.7 /
-    0.70 / 0.39 of the time of FlashAttention-3 (Llama-3.1-8B's shape).
-    """
-    for exponent in range(10, 20):
-        tokens = 2**exponent
-        share = min(1.0, density * num_tokens / tokens) + RANKING_COST * 512 / segment_len
-        dense = 2 * traits.num_heads * traits.head_size * tokens**2  # operations: half of the pairs, two products
-        if share * SPARSE_PAIR * dense + LAUNCH < dense:
-            return tokens
-    return 2**20
 
 
 def _write(

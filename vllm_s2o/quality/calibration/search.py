@@ -5,6 +5,7 @@ of density each head takes the threshold where error + price x density is least;
 budget spends the density where it saves most error. A budget is met by searching the price.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,6 +21,10 @@ PAYS = 0.97
 
 PRICES = numpy.logspace(-9, 3, 400)
 """Relative error for all of the density, from nothing to more than any head can err."""
+
+
+class CalibrationError(RuntimeError):
+    """Why there is no config, in one sentence."""
 
 
 class Budget(NamedTuple):
@@ -75,8 +80,23 @@ def within_error(curves: Curves, allowed: float) -> Choice:
     fits += [choice for choice in single if choice.error <= allowed]
     if not fits:
         return DENSE
-    best = min(fits, key=lambda choice: choice.density)
+    best = _filled(curves, min(fits, key=lambda choice: choice.density), allowed)
     return _plain(curves, best, allowed) if best.density <= DENSE_FROM else DENSE
+
+
+def _filled(curves: Curves, choice: Choice, allowed: float) -> Choice:
+    """What is left of the error, spent head by head: a price leaves some where no choice lies at the budget itself."""
+    while True:
+        heads = range(len(choice.at))
+        others = [
+            take(curves, (*choice.at[:head], index, *choice.at[head + 1 :]))
+            for head in heads
+            for index in range(choice.at[head] + 1, curves.density.shape[1])
+        ]
+        better = [other for other in others if other.error <= allowed and other.density < choice.density]
+        if not better:
+            return choice
+        choice = min(better, key=lambda other: other.density)
 
 
 def _plain(curves: Curves, best: Choice, allowed: float) -> Choice:
@@ -88,9 +108,12 @@ def _plain(curves: Curves, best: Choice, allowed: float) -> Choice:
 
 
 def within_density(layers: Sequence[Curves], density: float) -> list[Choice]:
-    """The least error, all layers counted alike, at which the mean density is at most `density`."""
+    """The least error, all layers counted alike, at which the mean density is at most `density`; the lowest density
+    that there is, where that is above it."""
     for price in PRICES:
         found = [at_price(curves, price) for curves in layers]
+        if mean_density(found) <= density:
+            found = [_plain(curves, choice, choice.error) for curves, choice in zip(layers, found, strict=True)]
         # What a dense layer saves in error it costs in density, at the same price.
         found = [choice if choice.density <= DENSE_FROM else DENSE for choice in found]
         if mean_density(found) <= density:
@@ -98,19 +121,43 @@ def within_density(layers: Sequence[Curves], density: float) -> list[Choice]:
     return found
 
 
-def best_single(layers: Sequence[Curves], kept_dense: Sequence[bool], worst: float) -> tuple[int, float] | None:
-    """The largest threshold that, on all layers but those kept dense, errs at most `worst` in any of them.
+def best_single(
+    layers: Sequence[Curves], kept_dense: Sequence[bool], worst: float, values: Sequence[float]
+) -> tuple[float, float] | None:
+    """The threshold with the lowest density that, alone, errs at most `worst` in every layer.
+
+    It may have the same layers kept dense, or none, whichever is better for it; and it may lie between the swept
+    ones, where error and density are straight in their logarithms: what it is compared with may not.
+
+    Args:
+        values: the swept thresholds.
 
     Returns:
-        Its index, and its mean density; None where no threshold does.
+        The threshold and its mean density; None where none is good enough.
     """
-    for index in reversed(range(layers[0].density.shape[1])):
+    found = [_single(layers, dense, worst, values) for dense in (kept_dense, [False] * len(layers))]
+    return min((one for one in found if one), key=lambda one: one[1], default=None)
+
+
+def _single(
+    layers: Sequence[Curves], kept_dense: Sequence[bool], worst: float, values: Sequence[float]
+) -> tuple[float, float] | None:
+    points = []
+    for index in range(len(values)):
         found = [
             DENSE if dense else same_everywhere(curves, index) for curves, dense in zip(layers, kept_dense, strict=True)
         ]
-        if max(choice.error for choice in found) <= worst:
-            return index, mean_density(found)
-    return None
+        points.append((max(choice.error for choice in found), mean_density(found)))
+    fits = [index for index, (error, _) in enumerate(points) if error <= worst]
+    if not fits:
+        return None
+    last = fits[-1]
+    (error, density), after = points[last], last + 1
+    if after == len(points) or min(error, values[last]) <= 0:
+        return values[last], density
+    share = math.log(worst / error) / math.log(points[after][0] / error)
+    between = (a ** (1 - share) * b**share for a, b in ((values[last], values[after]), (density, points[after][1])))
+    return tuple(between)
 
 
 def mean_density(choices: Sequence[Choice]) -> float:

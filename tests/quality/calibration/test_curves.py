@@ -1,0 +1,56 @@
+"""The sample stands for the whole prompt."""
+
+import pytest
+from attention_layer import make_inputs
+
+from vllm_s2o.params import S2OParams
+from vllm_s2o.quality.calibration.curves import EVERY, TAUS, rule_of, sample
+from vllm_s2o.quality.selection import S2O
+from vllm_s2o.quality.sweep import sweep
+
+
+def test_tiles_come_from_all_of_the_prompt_and_from_every_place_of_a_segment():
+    places = set()
+    for layer in range(30):
+        tiles = sample(8192, 128, 0, "a text", layer)
+        assert [tile // EVERY for tile in tiles] == list(range(8))
+        places.update(tile % 4 for tile in tiles)  # of segments of 512
+    assert places == {0, 1, 2, 3}
+
+
+def test_the_seed_decides():
+    assert sample(8192, 128, 0, "a text", 3) == sample(8192, 128, 0, "a text", 3)
+    others = [sample(8192, 128, *given) for given in ((1, "a text", 3), (0, "another", 3), (0, "a text", 4))]
+    assert all(other != sample(8192, 128, 0, "a text", 3) for other in others)
+
+
+@pytest.mark.parametrize("tokens, count", [(128, 1), (300, 3), (1024, 8), (2048, 8), (16384, 16), (16385, 16)])
+def test_short_prompts_have_enough_tiles(tokens, count):
+    tiles = sample(tokens, 128, 0, "a text", 0)
+    assert len(set(tiles)) == count and max(tiles) < -(-tokens // 128)
+
+
+def test_the_rule_is_what_the_parameters_say():
+    params = S2OParams(
+        segment_len=256, stop_rule="mean_row", stop_interval=3, num_classes=64, tile_size=64, key_block=32
+    )
+    expected = S2O(256, stop_rule="mean_row", interval=3, num_classes=64, tile=64, key_block=32, values=TAUS)
+    assert rule_of(params) == expected
+
+
+def test_samples_give_the_figures_of_the_whole_prompt():
+    """On average, for both segment lengths: a sample at one place of the segments would favour the longer ones."""
+    inputs = make_inputs(2048, num_heads=2, num_kv_heads=1)
+    values = (0.02, 0.3)
+    rules = {str(length): S2O(length, tile=64, values=values) for length in (128, 256)}
+    whole = sweep(*inputs, rules, tile_size=64)
+    means = {name: {"density": 0.0, "mse": 0.0} for name in rules}
+    count = 12
+    for layer in range(count):
+        found = sweep(*inputs, rules, tile_size=64, chosen=sample(2048, 64, 0, "a text", layer))
+        for name, figures in means.items():
+            for figure in figures:
+                figures[figure] += found[name][figure].mean(0).numpy() / count
+    for name, figures in means.items():
+        assert figures["density"] == pytest.approx(whole[name]["density"].mean(0).numpy(), rel=0.06)
+        assert figures["mse"] == pytest.approx(whole[name]["mse"].mean(0).numpy(), rel=0.35)

@@ -1,0 +1,30 @@
+"""What S2O's parts cost in time, as far as a choice depends on it: figures of an H100 (benchmarks/lab.md)."""
+
+from vllm_s2o.config import ModelTraits
+
+RANKING_COST = 0.008
+"""Of the causal pairs, what the ranking of a long prompt costs at segments of 512: on an H100 a twentieth of the time
+at a tenth of the pairs visited, and half as much again for the spread (benchmarks/lab.md). Twice the segments, twice
+that."""
+
+SPARSE_PAIR = 1.4
+"""Time of a visited pair in that of a pair of dense attention: 600 TFLOP/s against 430 on an H100."""
+
+LAUNCH = 0.4e-3 * 600e12
+"""Operations that dense attention would do while S2O's kernels start, of which short prompts are full."""
+
+
+def shortest(traits: ModelTraits, density: float, num_tokens: int, segment_len: int) -> int:
+    """The shortest prompt, in powers of two, that S2O should take less time for than dense attention on an H100.
+
+    A tile visits about as many keys of a short history as of a long one: what is a share of the pairs at `num_tokens`
+    is a larger one of fewer. That is an estimate: at 50 / 30 / 20 % of 4,096 / 8,192 / 16,384 tokens S2O took 2.7 /
+    0.70 / 0.39 of the time of FlashAttention-3 (Llama-3.1-8B's shape).
+    """
+    for exponent in range(10, 20):
+        tokens = 2**exponent
+        share = min(1.0, density * num_tokens / tokens) + RANKING_COST * 512 / segment_len
+        dense = 2 * traits.num_heads * traits.head_size * tokens**2  # operations: half of the pairs, two products
+        if share * SPARSE_PAIR * dense + LAUNCH < dense:
+            return tokens
+    return 2**20
