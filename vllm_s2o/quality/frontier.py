@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from .calibration.curves import sample
 from .capture import CaptureError, Layer, Source, checked_layers, open_model, visit_layers
 from .curves import Curve, at_density, at_error, matched, mean_curve
 from .parts import Parts, PartsError, as_lists
@@ -35,13 +36,23 @@ COLUMNS = ("model", "seq_len", "split", "layer", "method", *FIGURES)
 
 ALL = "all"
 
+TILE = 128
+"""Queries that a method selects for together."""
+
 
 class FrontierError(RuntimeError):
     """Why there is no table, in one sentence."""
 
 
-def measure(source: Source, parts: Parts, prompts: dict[str, list[int]], layers: Sequence[int], rules: dict) -> None:
-    """Sweep each text's layers that are not done; prompts: tokens by text."""
+def measure(
+    source: Source, parts: Parts, prompts: dict[str, list[int]], layers: Sequence[int], rules: dict, every: int
+) -> None:
+    """Sweep each text's layers that are not done.
+
+    Args:
+        prompts: tokens by text.
+        every: one tile of so many is looked at, the same by all rules.
+    """
     from tqdm import tqdm
 
     left = {text: [layer for layer in layers if (text, layer) not in parts.done] for text in prompts}
@@ -49,7 +60,7 @@ def measure(source: Source, parts: Parts, prompts: dict[str, list[int]], layers:
         return
     model = source.load()
     heads = source.traits.num_heads
-    pairs = sum(len(left[text]) * heads * len(ids) * (len(ids) + 1) // 2 for text, ids in prompts.items())
+    pairs = sum(len(left[text]) * heads * len(ids) * (len(ids) + 1) // 2 for text, ids in prompts.items()) // every
     # Pairs, not tiles: the later a tile the longer it takes. What is left is told by the mean pace, not the last one.
     shown = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left"
     with tqdm(total=pairs, bar_format=shown, smoothing=0) as bar:
@@ -59,7 +70,8 @@ def measure(source: Source, parts: Parts, prompts: dict[str, list[int]], layers:
             def visit(layer: Layer, text: str = text) -> None:
                 bar.set_description(f"{text}, layer {layer.index}")
                 tensors = (t.to(model.device) for t in (layer.query, layer.key, layer.value))
-                swept = sweep(*tensors, layer.scale, rules, progress=bar.update)
+                chosen = None if every == 1 else sample(len(layer.query), TILE, 0, text, layer.index, every)
+                swept = sweep(*tensors, layer.scale, rules, tile_size=TILE, chosen=chosen, progress=bar.update)
                 parts.add(text, layer.index, as_lists(swept))
                 bar.set_description(f"{text}: running the model")
 
@@ -122,6 +134,7 @@ def frontier(
     texts: Sequence[str] = SOURCES,
     split: str = "held-out",
     methods: Sequence[str] = METHODS,
+    every: int = 1,
 ) -> dict[str, Curve]:
     """Sweep what is not swept yet, write the table, and return each method's mean curve over all layers and texts.
 
@@ -130,6 +143,7 @@ def frontier(
         layers: all by default.
         texts: names as in `text.pieces`.
         methods: names as in `selection.method`.
+        every: look at one tile of so many; the table then estimates what all of them would give.
 
     Raises:
         FrontierError, CaptureError: in one sentence, whatever went wrong.
@@ -145,7 +159,7 @@ def frontier(
     texts = list(dict.fromkeys(texts))
     prompts = {text: source.prompt(text, num_tokens, split) for text in texts}
     settings = {
-        "model": model, "tokens": num_tokens, "split": split, "context extension": source.rope_factor,
+        "model": model, "tokens": num_tokens, "split": split, "context extension": source.rope_factor, "every": every,
         "methods": {name: rule.values for name, rule in rules.items()},
         "Python": ".".join(map(str, sys.version_info[:3])),  # whose texts they are
     }  # fmt: skip
@@ -153,7 +167,7 @@ def frontier(
         parts = Parts(out.with_name(out.name + ".parts.jsonl"), settings)
     except PartsError as error:
         raise FrontierError(str(error)) from error
-    measure(source, parts, prompts, layers, rules)
+    measure(source, parts, prompts, layers, rules, every)
     common = (Path(model).resolve().name, num_tokens, split)
     try:
         write(out, rows(parts, rules, texts, layers, common))
@@ -203,17 +217,20 @@ def main() -> None:
     )
     parser.add_argument("--split", choices=SPLITS, default="held-out", help="part of each text (default held-out)")
     parser.add_argument("--methods", nargs="+", default=METHODS, help=f"default: {' '.join(METHODS)}")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="look at one tile of N (default all)")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw the means over all layers")
     args = parser.parse_args()
     if args.layers != [ALL] and not all(layer.isdigit() for layer in args.layers):
         parser.error(f"--layers takes indices, or {ALL} alone, not {' '.join(args.layers)}")
     layers = None if args.layers == [ALL] else [int(layer) for layer in args.layers]
+    if args.every < 1:
+        parser.error(f"--every takes a number from 1, not {args.every}")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install '.[bench]'")
     try:
         curves = frontier(
             args.model, args.out, num_tokens=args.tokens, layers=layers,
-            texts=args.texts, split=args.split, methods=args.methods,
+            texts=args.texts, split=args.split, methods=args.methods, every=args.every,
         )  # fmt: skip
         if args.plot:
             title = f"{Path(args.model).resolve().name}, {args.tokens} tokens, {args.split} text, mean over layers"

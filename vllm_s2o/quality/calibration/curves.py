@@ -41,8 +41,8 @@ def rule_of(params: S2OParams) -> S2O:
     )  # fmt: skip
 
 
-def sample(num_tokens: int, tile: int, seed: int, prompt: str, layer: int) -> list[int]:
-    """One tile of each run of up to EVERY neighbours, by chance: early and late ones have their share.
+def sample(num_tokens: int, tile: int, seed: int, prompt: str, layer: int, every: int = EVERY) -> list[int]:
+    """One tile of each run of up to `every` neighbours, by chance: early and late ones have their share.
 
     Tiles at a fixed distance would all stand at one place of their segments: the first tile of a segment of four sees
     a quarter of the keys that the last one always visits, and every density would be wrong by that. The sample is
@@ -50,7 +50,7 @@ def sample(num_tokens: int, tile: int, seed: int, prompt: str, layer: int) -> li
     """
     chance = random.Random(f"{seed}, {prompt}, layer {layer}")
     tiles = -(-num_tokens // tile)
-    runs = max(tiles // EVERY, min(LEAST, tiles))
+    runs = max(tiles // every, min(LEAST, tiles))
     borders = [run * tiles // runs for run in range(runs + 1)]
     return [chance.randrange(first, end) for first, end in pairwise(borders)]
 
