@@ -27,9 +27,8 @@ from .sweep import FIGURES, sweep
 from .text import SOURCES, SPLITS
 
 METHODS = (
-    "s2o_256_first1", "s2o_256", "s2o_128", "s2o_512", "s2o_256_every4", "s2o_256_mean", "s2o_256_mean_every4",
-    "s2o_256_headspread", "s2o_256_variance", "s2o_256_pooled", "s2o_256_tile", "s2o_256_mean_row", "s2o_256_sorted",
-    "pbs", "block_mean", "flashprefill", "flashprefill_bare", "xattention", "flexprefill", "top_k", "top_p",
+    "s2o_256_first1", "s2o_256", "s2o_512", "s2o_256_mean", "s2o_256_mean_every4", "s2o_256_headspread",
+    "pbs", "block_mean", "flashprefill", "xattention", "flexprefill", "top_k", "top_p",
 )  # fmt: skip
 
 COLUMNS = ("model", "seq_len", "split", "layer", "method", *FIGURES)
