@@ -308,6 +308,32 @@ def measure(
         del problem
 
 
+def read(path: Path) -> list[dict]:
+    """The rows of a table that was written before.
+
+    Raises:
+        ValueError: the file is no such table.
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    if reader.fieldnames != list(COLUMNS):
+        raise ValueError(f"{path} is no table of this program's: its columns are {reader.fieldnames}.")
+    return rows
+
+
+def joined(old: list[dict], new: list[dict]) -> list[dict]:
+    """Rows of both, a problem's all from one run: those of problems that are measured anew go."""
+
+    def problem(row: dict) -> tuple[str, int]:
+        return row["shape"], int(row["seq_len"])
+
+    again = {problem(row) for row in new}
+    return sorted([row for row in old if problem(row) not in again] + new, key=problem)
+
+
 def write(table: list[dict], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
@@ -354,6 +380,10 @@ def main() -> None:
         "--peer-at", type=int, nargs="+", metavar="TOKENS",
         help="lengths at which peers run, for each chooses its tiles anew there, which takes minutes (default: all)",
     )  # fmt: skip
+    parser.add_argument(
+        "--add", action="store_true",
+        help="keep the file's rows of lengths and inputs that are not measured now; each row names its commit",
+    )  # fmt: skip
     model = parser.add_argument_group("inputs from a model")
     model.add_argument("--model", help="directory or name of a model, whose attention is captured")
     model.add_argument("--captured-at", type=int, nargs="+", metavar="TOKENS", help="default: 8192 32768")
@@ -376,6 +406,7 @@ def main() -> None:
         parser.exit(1, "attention.py needs a CUDA device.\n")
     try:
         at = parse_at(options.at)
+        kept = read(options.out) if options.add else []
     except (argparse.ArgumentTypeError, ValueError) as error:
         parser.error(str(error))
     device = torch.device("cuda")
@@ -392,7 +423,7 @@ def main() -> None:
     for row in measure(problems, options.dense, peers, options.peer_at):
         table.append(row)
         # After every row: a fault in a peer's kernel can end the process's use of the GPU, a time limit the process.
-        write(table, options.out)
+        write(joined(kept, table), options.out)
 
 
 if __name__ == "__main__":
