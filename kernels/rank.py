@@ -25,7 +25,9 @@ from .common import block_dim, dot_precision, shared_memory, split_slot
 from .tables import MAX_SCORED_TOGETHER, SORT_BLOCK, SPREAD_KEYS, table_words
 
 SCORE_KEYS = 128
-"""Keys scored at a time."""
+"""Keys scored at a time, fewer where they are wider than SCORE_ROW."""
+SCORE_ROW = 256
+"""Bytes of a key up to which so many fit the shared memory, with the segments' means and variances."""
 SCORE_PART = 512
 """Keys scored by one program: what it must know of its segments it learns once."""
 COUNTED_BLOCKS = 4
@@ -297,6 +299,17 @@ def _guide(
         tl.store(out, product, mask=i < num_queries)
 
 
+def score_options(query, together: int, shared: int) -> dict:
+    """Tiles of the kernels that score keys, for segments that are scored `together` at most, within `shared` bytes."""
+    width = block_dim(query.shape[2]) * query.element_size()
+    segments = max(together, 16)
+    return dict(
+        SEGMENTS=segments, KEYS=SCORE_KEYS * SCORE_ROW // max(width, SCORE_ROW), PRECISION=dot_precision(query),
+        # Without a pipeline on GPUs whose shared memory holds what the attention needs, and not three stages of keys.
+        num_warps=8 if segments > 32 else 4, num_stages=3 if shared >= 128 * 1024 else 1,
+    )  # fmt: skip
+
+
 def rank_keys(
     query, key_cache, block_table, segments, num_slots: int, num_classes: int,
     *, max_history: int, groups, workspace=None, count_keys=_count, place_keys=_place,
@@ -337,13 +350,8 @@ def rank_keys(
         query, segments, mean, variance, num_kv_heads, query.stride(0), query.stride(1), GROUP=group, ROWS=32, **dims
     )
     where = (*key_cache.stride(), block_table.stride(0))
-    product = dict(
-        PAGE=block_size, SEGMENTS=16 if len(groups) == count else MAX_SCORED_TOGETHER, KEYS=SCORE_KEYS,
-        PRECISION=dot_precision(query), **dims,
-    )  # fmt: skip
-    # Without a pipeline on GPUs whose shared memory holds what the attention needs, and not three stages of keys.
-    stages = 3 if shared_memory(query.device) >= 128 * 1024 else 1
-    product |= dict(num_warps=8 if product["SEGMENTS"] > 32 else 4, num_stages=stages)
+    product = score_options(query, 1 if len(groups) == count else MAX_SCORED_TOGETHER, shared_memory(query.device))
+    product |= dict(PAGE=block_size, **dims)
     _spread[(num_parts, num_kv_heads, len(groups))](
         mean, variance, key_cache, block_table, segments, groups, spread, num_kv_heads, num_parts, *where,
         PART=SPREAD_KEYS, **product,

@@ -191,13 +191,16 @@ def test_what_does_not_suit_takes_the_triton_kernel(why):
 
 
 def test_compiled_for_a_hopper_gpu():
-    """By the installed Triton, whose Gluon is not that of other versions."""
-    script = Path(__file__).parents[1] / "helpers" / "compile_gluon.py"
+    """By the installed Triton, whose Gluon is not that of other versions, and within its shared memory."""
+    script = Path(__file__).parents[1] / "helpers" / "compile_for_hopper.py"
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    shared = dict(line.split() for line in done.stdout.splitlines() if line.startswith(("attend", "count", "place")))
+    shared = dict(
+        line.split() for line in done.stdout.splitlines() if line.startswith(("attend", "count", "place", "score"))
+    )
     assert 0 < int(shared["attend_other"]) < int(shared["attend"]) <= 227 * 1024
+    assert 0 < int(shared["score_128"]) < int(shared["score_256"]) <= 227 * 1024
     assert int(shared["count"]) == int(shared["place"]) == 0
 
 

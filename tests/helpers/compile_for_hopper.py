@@ -1,21 +1,28 @@
-"""Compile the Gluon kernels for a Hopper GPU, on any machine; prints the shared memory that each takes.
+"""Compile kernels for a Hopper GPU, on any machine, and print the shared memory that each takes: those in Gluon, and
+in Triton the one that takes most.
 
 A process of its own, because tests without a GPU have Triton's interpreter, which Gluon has not.
 """
 
+import math
+
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from vllm_s2o.kernels import hopper, vote
+from vllm_s2o.kernels import hopper, naive, rank, vote
+from vllm_s2o.kernels.common import block_dim
 
 POINTERS = {
     "Query": "*bf16", "Keys": "*bf16", "Values": "*bf16", "Out": "*bf16", "Thresholds": "*fp32", "Classes": "*u8",
+    "Mean": "*bf16", "Variance": "*bf16", "Spread": "*fp32",
 }  # fmt: skip
 """The other capitalised arguments are tables of int32."""
 
 
-def compile_for_hopper(kernel, constants: dict, dtype: str = "bf16", **options) -> int:
+def compile_for_hopper(kernel, constants: dict, dtype: str = "bf16", language=GluonASTSource, **options) -> int:
     names = kernel.arg_names
     signature, attributes = {}, {}
     for at, name in enumerate(names):
@@ -28,7 +35,7 @@ def compile_for_hopper(kernel, constants: dict, dtype: str = "bf16", **options) 
             signature[name] = "fp32" if name == "scale" else "i32"
             if name.startswith("stride") and name != "stride_table":
                 attributes[(at,)] = [["tt.divisibility", 16]]
-    source = GluonASTSource(
+    source = language(
         fn=kernel, signature=signature, attrs=attributes,
         constexprs={(names.index(name),): value for name, value in constants.items()},
     )  # fmt: skip
@@ -47,6 +54,13 @@ def main() -> None:
     print("attend_other", compile_for_hopper(hopper._attend, attend, "fp16", num_warps=4, maxnreg=248))
     sort = dict(BLOCK=32 * vote.ROUNDS, CLASSES=vote.CLASSES)
     print("count", compile_for_hopper(vote.count, dict(BLOCKS=4, **sort), num_warps=1))
+    for head_size in (128, 256):
+        query = torch.empty(1, 1, head_size, dtype=torch.bfloat16, device="meta")
+        score = rank.score_options(query, rank.MAX_SCORED_TOGETHER, 227 * 1024)
+        options = {name: score.pop(name) for name in ("num_warps", "num_stages")}
+        score |= dict(PAGE=16, D=head_size, BLOCK_D=block_dim(head_size), PART=rank.SCORE_PART, stride_dim=1)
+        score |= dict(CLASSES=32, LOGISTIC=naive.LOGISTIC / math.log(2))
+        print(f"score_{head_size}", compile_for_hopper(rank._score, score, language=ASTSource, **options))
     print("place", compile_for_hopper(vote.place, dict(PAGE=16, **sort), num_warps=1))
 
 
