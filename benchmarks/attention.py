@@ -44,7 +44,7 @@ from vllm_s2o.quality.text import SOURCES
 AT = ("32768:0.15", "65536:0.12", "131072:0.1", "131072:0.06", "262144:0.05")
 CAPTURED_AT = (8192, 32768)
 COLUMNS = (
-    "gpu", "torch", "triton", "vllm", "date", "commit", "provider", "shape", "seq_len", "density", "threshold",
+    "run", "gpu", "torch", "triton", "vllm", "date", "commit", "provider", "shape", "seq_len", "density", "threshold",
     "ms_p20", "ms_p50", "ms_p80", "visited_tflops", "ranking_share", "rel_error", "extra_mib", "vs_fa3_paged", "vs_fa2",
     "note",
 )  # fmt: skip
@@ -324,16 +324,6 @@ def read(path: Path) -> list[dict]:
     return rows
 
 
-def joined(old: list[dict], new: list[dict]) -> list[dict]:
-    """Rows of both, a problem's all from one run: those of problems that are measured anew go."""
-
-    def problem(row: dict) -> tuple[str, int]:
-        return row["shape"], int(row["seq_len"])
-
-    again = {problem(row) for row in new}
-    return sorted([row for row in old if problem(row) not in again] + new, key=problem)
-
-
 def write(table: list[dict], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
@@ -382,7 +372,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument(
         "--add", action="store_true",
-        help="keep the file's rows of lengths and inputs that are not measured now; each row names its commit",
+        help="keep the file's rows: the column `run` tells which come from one process, and ratios are within one",
     )  # fmt: skip
     model = parser.add_argument_group("inputs from a model")
     model.add_argument("--model", help="directory or name of a model, whose attention is captured")
@@ -419,11 +409,12 @@ def main() -> None:
     except CaptureError as error:
         parser.exit(1, f"attention.py: {error}\n")
     problems = itertools.chain(made_problems(at, device), problems_of(captures, device))
-    table = []
+    table = list(kept)
+    run = 1 + max((int(row["run"]) for row in kept), default=0)
     for row in measure(problems, options.dense, peers, options.peer_at):
-        table.append(row)
+        table.append({"run": run, **row})
         # After every row: a fault in a peer's kernel can end the process's use of the GPU, a time limit the process.
-        write(joined(kept, table), options.out)
+        write(table, options.out)
 
 
 if __name__ == "__main__":

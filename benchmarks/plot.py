@@ -12,8 +12,13 @@ import argparse
 import csv
 from pathlib import Path
 
-LABELS = {"s2o": "S2O", "fa3_paged": "FA3, pages", "fa3": "FA3", "fa2": "FA2"}
+LABELS = {
+    "s2o": "S2O", "fa3_paged": "FA3, pages", "fa3": "FA3", "fa2": "FA2", "pbs": "PBS-Attn",
+    "flashprefill": "FlashPrefill", "flashprefill2": "FlashPrefill V2", "flexprefill": "FlexPrefill",
+}  # fmt: skip
 COLOURS = {"s2o": "#d1495b", "fa3_paged": "#00798c", "fa3": "#66a5ad", "fa2": "#8d96a3"}
+COLOURS |= {"pbs": "#edae49", "flashprefill": "#7768ae", "flashprefill2": "#3f3351", "flexprefill": "#5fad56"}
+PEERS = ("pbs", "flashprefill", "flashprefill2", "flexprefill")
 
 
 def read(paths: list[Path]) -> list[dict[str, str]]:
@@ -22,10 +27,19 @@ def read(paths: list[Path]) -> list[dict[str, str]]:
     return [row for row in rows if row["ms_p50"]]
 
 
+def first(rows: list[dict[str, str]], provider: str) -> list[dict[str, str]]:
+    """A provider's rows by length; where several runs measured one point, the first."""
+    points: dict[tuple, dict[str, str]] = {}
+    for row in rows:
+        if row["provider"] == provider:
+            points.setdefault((int(row["seq_len"]), round(-float(row["density"]), 2), row["note"]), row)
+    return [points[at] for at in sorted(points)]
+
+
 def lines(rows: list[dict[str, str]], provider: str, column: str) -> tuple[list[int], list[float]]:
-    """Length and figure of a dense provider; where a length was measured twice, the later one."""
-    points = {int(row["seq_len"]): float(row[column]) for row in rows if row["provider"] == provider}
-    return sorted(points), [points[length] for length in sorted(points)]
+    """Length and figure of a dense provider."""
+    points = first(rows, provider)
+    return [int(row["seq_len"]) for row in points], [float(row[column]) for row in points]
 
 
 def draw(rows: list[dict[str, str]], out: Path) -> None:
@@ -35,7 +49,7 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (time, speed, error) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    ours = sorted((r for r in rows if r["provider"] == "s2o"), key=lambda r: (int(r["seq_len"]), -float(r["density"])))
+    ours = first(rows, "s2o")
     lengths = sorted({int(row["seq_len"]) for row in rows})
     for provider in ("fa2", "fa3", "fa3_paged"):
         time.plot(*lines(rows, provider, "ms_p50"), "o-", color=COLOURS[provider], label=LABELS[provider])
@@ -57,6 +71,12 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
         error.plot(*at, "o", color=COLOURS["s2o"])
         name = f"{int(row['seq_len']) // 1024}K"
         error.annotate(name, at, xytext=(6, -3), textcoords="offset points", fontsize=8)
+    for provider in PEERS:
+        if not (theirs := first(rows, provider)):
+            continue
+        look = dict(color=COLOURS[provider], label=LABELS[provider])
+        time.plot([int(r["seq_len"]) for r in theirs], [float(r["ms_p50"]) for r in theirs], "x", **look)
+        error.plot([float(r["density"]) for r in theirs], [float(r["rel_error"]) for r in theirs], "x", **look)
     for axes, title in ((time, "One layer's attention, ms (S2O: density)"), (speed, "S2O is faster by (density)")):
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [f"{length // 1024}K" for length in lengths])
@@ -65,10 +85,12 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
         axes.legend(frameon=False, fontsize=8)
     time.set_yscale("log")
     speed.set_ylim(bottom=0)
-    error.set_xlim(left=0)
-    error.set_ylim(bottom=0)
+    error.set_xlim(0, 1)
+    error.set_yscale("log")
+    error.plot([], [], "o", color=COLOURS["s2o"], label=LABELS["s2o"])
+    error.legend(frameon=False, fontsize=8)
     error.set_xlabel("density: visited / causal pairs")
-    error.set_title("S2O's relative error (mean squares)", fontsize=10)
+    error.set_title("Relative error (mean squares)", fontsize=10)
     for axes in (time, speed, error):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -113,7 +113,7 @@ class Provenance(_Strict):
 class Settings(_Strict):
     """What a file and a user alike can set."""
 
-    min_seq_len: Length = Field(4096, description="Shorter sequences run dense.")
+    min_seq_len: Length = Field(8192, description="Shorter sequences run dense.")
     min_query_len: Length = Field(256, description="Steps with fewer new tokens of a sequence run dense.")
     params: S2OParams = Field(S2OParams(), description="What every layer runs with, if not overridden.")
     layers: tuple[Override, ...] = Field((), description="Overrides; a later one wins.")

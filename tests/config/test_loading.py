@@ -70,7 +70,7 @@ def test_what_smollm2_says_of_segments_is_so():
 @pytest.mark.parametrize("traits", [LLAMA, QWEN, OTHER], ids=lambda t: t.name)
 def test_other_shipped_files_hold_the_defaults(traits):
     config = load_config(traits)
-    assert (config.params, config.min_seq_len, config.min_query_len) == (S2OParams(), 4096, 256)
+    assert (config.params, config.min_seq_len, config.min_query_len) == (S2OParams(), 8192, 256)
     assert not config.calibrated
 
 
