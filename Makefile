@@ -166,7 +166,7 @@ discard:
 
 # mypy reads the types of what is installed, so that its place is the same environment.
 .venv/checkers: pyproject.toml | $(INSTALLED)
-	@.venv/bin/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@.venv/bin/pip install --quiet --disable-pip-version-check --no-warn-conflicts --editable ".[dev]"
 	touch $@
 
 clean: ## remove what was made here, the virtual environment and the model too
