@@ -13,11 +13,11 @@ class Environment:
 
     Args:
         directory: where to make it.
-        package: its wheel or its sdist.
+        package: its wheel or its sdist; None to leave it out.
         missing: distributions to leave out, with the packages of that name.
     """
 
-    def __init__(self, directory: Path, package: Path, missing: tuple[str, ...] = ()):
+    def __init__(self, directory: Path, package: Path | None, missing: tuple[str, ...] = ()):
         self.directory = directory
         venv.create(directory, with_pip=False)
         (packages,) = directory.glob("lib/*/site-packages")
@@ -27,7 +27,8 @@ class Environment:
                     if self._wanted(entry.name, missing) and not (packages / entry.name).exists():
                         (packages / entry.name).symlink_to(entry)
         self.python = directory / "bin" / "python"
-        pip("--python", self.python, "install", "--no-deps", "--no-index", "--no-build-isolation", package)
+        if package is not None:
+            pip("--python", self.python, "install", "--no-deps", "--no-index", "--no-build-isolation", package)
 
     @staticmethod
     def _wanted(name: str, missing: tuple[str, ...]) -> bool:
