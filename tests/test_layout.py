@@ -7,6 +7,8 @@ import pytest
 from import_graph import circle, graph, imported
 from processes import ROOT, run_python
 
+import vllm_s2o
+
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 GRAPH = graph(ROOT)
 
@@ -131,7 +133,7 @@ DOTTED = [token for token in TOKENS if re.fullmatch(r"[a-zA-Z_0-9]+\.[a-z_]+", t
 
 
 def test_contributing_names_files_and_more():
-    assert {"kernels/naive.py", "configs/", "tests/helpers/"} & set(FILES)
+    assert {"kernels/naive.py", "benchmarks/lab.md", "examples/"} <= set(FILES)
     assert {"compat.layer_problem", "S2OImpl.forward"} <= set(DOTTED)
 
 
@@ -157,6 +159,16 @@ def test_names_in_contributing_are_defined():
     results = (".csv", ".png", ".json", ".txt", ".py")
     ours = [name for name in DOTTED if not name.endswith(results) and name != "vllm.config"]
     assert sorted(set(ours) - defined()) == []
+
+
+def test_the_changelog_is_of_this_version():
+    """The newest section is what becomes this version, or is it."""
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    first = re.search(r"^## \[(.+?)\](.*?)(?=^## |\Z)", changelog, re.MULTILINE | re.DOTALL)
+    assert first[1] == vllm_s2o.__version__ or (first[1] == "Unreleased" and vllm_s2o.__version__ in first[2])
+    kinds = re.findall(r"^### (.+)$", changelog, re.MULTILINE)
+    assert kinds
+    assert set(kinds) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
 
 
 def test_contributing_names_targets_that_are_there():
