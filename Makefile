@@ -1,5 +1,6 @@
 # make serve    everything needed, then a model on port 8000 with S2O prefill
 # make test     everything needed, then all tests
+# make check    everything needed, then lint, format and types
 
 PYTHON ?= python3
 PORT = 8000
@@ -41,7 +42,7 @@ export PYTHONSAFEPATH = 1
 SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .ONESHELL:
-.PHONY: help serve serve-command test test-fast test-matrix test-peers bench bench-attention bench-serving frontier tasks \
+.PHONY: help serve serve-command check test test-fast test-matrix test-peers bench bench-attention bench-serving frontier tasks \
 	needs-gpu install discard clean
 
 help: ## list what there is to make
@@ -64,6 +65,11 @@ test: $(INSTALLED) $(SMOLLM2)/prepared.txt ## run all tests
 
 test-fast: $(INSTALLED) ## run the tests that start no server
 	@.venv/bin/pytest $(PARALLEL) -m "not serving"
+
+check: .venv/checkers ## check lint, format and types
+	@.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 
 # The wheels are downloaded once: of each, some megabytes stay in ~/.cache/vllm-s2o/matrix or in $VLLM_S2O_MATRIX.
 test-matrix: $(INSTALLED) ## check what is used of vLLM in its sources of several versions; VERSIONS="0.27.1 0.33.0" takes those alone
@@ -158,5 +164,10 @@ discard:
 	.venv/bin/python -c "import torch, transformers.models.llama.modeling_llama, vllm, vllm_s2o"
 	touch $@
 
+# mypy reads the types of what is installed, so that its place is the same environment.
+.venv/checkers: pyproject.toml | $(INSTALLED)
+	@.venv/bin/pip install --quiet --disable-pip-version-check --no-warn-conflicts --editable ".[dev]"
+	touch $@
+
 clean: ## remove what was made here, the virtual environment and the model too
-	rm -rf .venv .models build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf .venv .models build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache

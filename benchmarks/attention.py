@@ -48,6 +48,11 @@ COLUMNS = (
     "ms_p20", "ms_p50", "ms_p80", "visited_tflops", "ranking_share", "rel_error", "extra_mib", "vs_fa3_paged", "vs_fa2",
     "note",
 )  # fmt: skip
+SHOWN = (
+    "provider", "shape", "seq_len", "density", "ms_p50", "visited_tflops", "ranking_share", "rel_error", "extra_mib",
+    "vs_fa3_paged", "vs_fa2", "note",
+)  # fmt: skip
+"""Columns that are printed meanwhile."""
 DENSE_ERROR = 1e-4
 """What a dense kernel in bfloat16 may err, relative to the mean square of the output."""
 MOVED = 1e-4
@@ -239,6 +244,7 @@ def peer_rows(
     problem: Problem, peers: dict[str, Path], exact: torch.Tensor, rows: torch.Tensor, target: float | None
 ) -> list[dict]:
     found = []
+    peer: Peer | None
     for name, path in peers.items():
         try:
             peer = PEERS[name](problem, path)
@@ -302,9 +308,7 @@ def measure(
         for one in found:
             row = as_row(one, problem, medians, machine)
             yield row
-            shown = ("provider", "shape", "seq_len", "density", "ms_p50", "visited_tflops", "ranking_share")
-            shown = (*shown, "rel_error", "extra_mib", "vs_fa3_paged", "vs_fa2", "note")
-            print(*(f"{name} {row[name]}" for name in shown if row.get(name, "") != ""), flush=True)
+            print(*(f"{name} {row[name]}" for name in SHOWN if row.get(name, "") != ""), flush=True)
         del problem
 
 

@@ -66,10 +66,10 @@ def make_problem(
     """A problem of `num_tokens` tokens, a multiple of the page."""
     generator = torch.Generator(device=device).manual_seed(seed)
 
-    def normal(*size):
+    def normal(*size: int) -> torch.Tensor:
         return torch.randn(*size, device=device, generator=generator)
 
-    def uniform(*size):
+    def uniform(*size: int) -> torch.Tensor:
         return torch.rand(*size, device=device, generator=generator)
 
     heads, kv_heads, size = shape.num_heads, shape.num_kv_heads, shape.head_size
@@ -123,7 +123,8 @@ def in_pages(
     joined = (pages, shape.page, shape.num_kv_heads, 2 * shape.head_size)
     memory = torch.empty(joined, dtype=key.dtype, device=device)
     memory[table] = torch.cat([key, value], -1).view(joined)
-    return Problem(shape, query, key, value, *memory.split(shape.head_size, -1), table.int()[None])
+    key_cache, value_cache = memory.split(shape.head_size, -1)
+    return Problem(shape, query, key, value, key_cache, value_cache, table.int()[None])
 
 
 def exact_rows(problem: Problem, rows: torch.Tensor) -> torch.Tensor:

@@ -47,7 +47,7 @@ ALSO = {
 
 def loads(options: argparse.Namespace) -> list[Load]:
     """Long prompts of each length at each concurrency, in one wave at least, and what --also names."""
-    long = []
+    long: list[Load] = []
     for asked, concurrency in itertools.product(options.tokens, options.concurrency):
         tokens = room(asked, OUTPUT_TOKENS, options.shape)
         # A warm-up takes as long as a prompt: one per length.
@@ -95,7 +95,7 @@ def latency(options: argparse.Namespace, record: Record, logs: Path) -> None:
                 for _ in range(load.repeats):
                     found = bench(server, model, load, logs)
                     repeats.append(found)
-                    asked = {"prompt_len": load.prompt_len, "output_len": load.output_len}
+                    asked: dict[str, Any] = {"prompt_len": load.prompt_len, "output_len": load.output_len}
                     asked |= {"concurrency": load.concurrency, "max_num_batched_tokens": step_tokens(server.log)}
                     record.put(name, {"tool": TOOL, **asked, "repeats": repeats}, our_lines(server.log))
                     print(

@@ -51,7 +51,8 @@ def require_sparse(steps: dict[str, list[Prefill]]) -> None:
 
 def needles(options: argparse.Namespace, logs: Path) -> dict[str, Any]:
     answers: dict[str, dict[str, str]] = {}
-    steps, said = {}, []
+    steps: dict[str, list[Prefill]] = {}
+    said: list[str] = []
     for backend in options.backends:
         flag = FLAG if backend == "S2O" else ()
         with serve(options.model, logs / f"needles-{backend}.log", [*flag, *options.server]) as server:

@@ -117,7 +117,7 @@ def offline(options: argparse.Namespace, record: Record, logs: Path) -> None:
         log = logs / f"{options.what}-{name}-{tokens}.log"
         repeats = bench(tool, options, model, tokens, [*PROVIDERS[name], *args], log)
         said = log.read_text(errors="replace")
-        lengths = {"prompt_len": tokens, "output_len": tool.output_len}
+        lengths: dict[str, Any] = {"prompt_len": tokens, "output_len": tool.output_len}
         lengths |= {"concurrency": tool.concurrency, "max_num_batched_tokens": step_tokens(said)}
         record.put(name, {"tool": f"bench {tool.name}", **lengths, "repeats": repeats}, our_lines(said))
         print(f"{name}: {tokens} tokens in, {tool.output_len} out: {_summary(repeats)}", flush=True)

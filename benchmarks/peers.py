@@ -15,6 +15,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from inputs import Problem
@@ -48,6 +49,8 @@ def load_file(file: Path) -> types.ModuleType:
     if not file.is_file():
         raise ImportError(f"there is no {file}")
     spec = importlib.util.spec_from_file_location(f"peer_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no module")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -58,7 +61,7 @@ def recorded(module: types.ModuleType, name: str) -> Iterator[list]:
     """What a function of a module returns in the block: the masks are made inside, and not handed out."""
     function, results = getattr(module, name), []
 
-    def record(*args, **kwargs):
+    def record(*args: Any, **kwargs: Any) -> Any:
         results.append(function(*args, **kwargs))
         return results[-1]
 
@@ -92,11 +95,31 @@ class Peer:
     default: float
     dense: float | None = None
     """The parameter that selects everything, where there is one: the result must then be exact."""
+    module: Any
+    """The other project's code."""
+    selects: str
+    """Its function that makes the mask."""
 
     def __init__(self, problem: Problem, path: Path):
         self.problem = problem
         with plain_reasons():
             self.load(path)
+
+    def load(self, path: Path) -> None:
+        """Import the checkout and prepare the problem for it."""
+        raise NotImplementedError
+
+    def at(self, looseness: float) -> float:
+        """The parameter for a looseness between 0 and 1."""
+        raise NotImplementedError
+
+    def attend(self, value: float) -> torch.Tensor:
+        """[num_tokens, num_heads, head_size]"""
+        raise NotImplementedError
+
+    def before(self, result: Any) -> tuple[Any, ...]:
+        """Arguments of `density`, from what `selects` returned."""
+        raise NotImplementedError
 
     def run(self, value: float) -> torch.Tensor:
         """[num_tokens, num_heads, head_size]"""
@@ -146,7 +169,7 @@ class PBS(Peer):
         )  # fmt: skip
         return out[0].transpose(0, 1)
 
-    def before(self, result: tuple) -> tuple:
+    def before(self, result: Any) -> tuple[Any, ...]:
         # The mask says nothing of its own segment, which is visited whole; later ones it may name, but none is visited.
         mask = result[1][0]
         segment = torch.arange(mask.shape[-1], device=mask.device) * BLOCK // self.segment
@@ -165,7 +188,7 @@ class FlashPrefill(Peer):
         # It takes two decorators from flash-linear-attention, for tensors with gaps and for autocast. There is neither
         # here, and the package need not be.
         utils = types.ModuleType("fla.utils")
-        utils.contiguous = utils.autocast_custom_fwd = lambda function: function
+        vars(utils).update(dict.fromkeys(("contiguous", "autocast_custom_fwd"), lambda function: function))
         stand_ins = {"fla": types.ModuleType("fla"), "fla.utils": utils}
         kept = {name: sys.modules[name] for name in stand_ins if name in sys.modules}
         sys.modules.update(stand_ins)
@@ -188,7 +211,7 @@ class FlashPrefill(Peer):
         )  # fmt: skip
         return out
 
-    def before(self, result: tuple) -> tuple:
+    def before(self, result: Any) -> tuple[Any, ...]:
         return result[1][0].T - 1, self.problem.num_tokens  # [blocks, num_heads], the diagonal block among them
 
 
@@ -244,7 +267,7 @@ class FlashPrefillV2(Peer):
             max_cache_seqlen=p.num_tokens,
         )  # fmt: skip
 
-    def before(self, result: tuple) -> tuple:
+    def before(self, result: Any) -> tuple[Any, ...]:
         # For each KV head and block of rows a list of the selected keys in tiles of 64, two to a block but for the
         # sequence's last. A block of rows selects its whole diagonal: the blocks of its first row to those of its last.
         ends, tiles, blocks = result[:3]
@@ -282,7 +305,7 @@ class FlexPrefill(Peer):
             p.query[None], p.key[None], p.value[None], gamma=value, tau=0.1, min_budget=512, block_size=BLOCK
         )[0]
 
-    def before(self, result: list) -> tuple:
+    def before(self, result: Any) -> tuple[Any, ...]:
         # Places of the selected blocks in the square of all blocks, without doubles.
         blocks = -(-self.problem.num_tokens // BLOCK)
         rows = (places[places % blocks < places // blocks] // blocks for places in result[0])

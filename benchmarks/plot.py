@@ -65,12 +65,12 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
         for axes, column in ((time, "ms_p50"), (speed, "vs_fa3_paged")):
             if not row[column]:
                 continue
-            at = (int(row["seq_len"]), float(row[column]))
-            axes.annotate(share, at, xytext=(6, -3), textcoords="offset points", fontsize=8, color=COLOURS["s2o"])
-        at = (float(row["density"]), float(row["rel_error"]))
-        error.plot(*at, "o", color=COLOURS["s2o"])
+            point = (float(row["seq_len"]), float(row[column]))
+            axes.annotate(share, point, xytext=(6, -3), textcoords="offset points", fontsize=8, color=COLOURS["s2o"])
+        point = (float(row["density"]), float(row["rel_error"]))
+        error.plot(*point, "o", color=COLOURS["s2o"])
         name = f"{int(row['seq_len']) // 1024}K"
-        error.annotate(name, at, xytext=(6, -3), textcoords="offset points", fontsize=8)
+        error.annotate(name, point, xytext=(6, -3), textcoords="offset points", fontsize=8)
     for provider in PEERS:
         if not (theirs := first(rows, provider)):
             continue

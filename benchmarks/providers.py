@@ -19,7 +19,7 @@ class S2O:
     params: S2OParams
     implementation: attention.Implementation = "auto"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         problem, shape = self.problem, self.problem.shape
         plan = attention.plan_step([problem.num_tokens], [problem.num_tokens], self.params, shape.num_kv_heads)
         device = problem.query.device
@@ -65,11 +65,12 @@ def find_threshold(problem: Problem, density: float, tolerance: float = 0.01) ->
     """
     low, high = 1e-5, 0.9
     while high / low > 1.001:
-        params = S2OParams(threshold=(low * high) ** 0.5)
+        middle = (low * high) ** 0.5
+        params = S2OParams(threshold=middle)
         found = S2O(problem, params).density()
         if abs(found / density - 1) <= tolerance:
             return params
-        low, high = (params.threshold, high) if found > density else (low, params.threshold)
+        low, high = (middle, high) if found > density else (low, middle)
     raise ValueError(
         f"No threshold gives density {density} at {problem.num_tokens} tokens: {found} at {params.threshold}."
     )
@@ -105,7 +106,7 @@ def fa3(problem: Problem, paged: bool) -> Callable[[], torch.Tensor]:
     )  # fmt: skip
 
 
-DENSE = {
+DENSE: dict[str, Callable[[Problem], Callable[[], torch.Tensor]]] = {
     "fa3_paged": functools.partial(fa3, paged=True),
     "fa3": functools.partial(fa3, paged=False),
     "fa2": fa2,

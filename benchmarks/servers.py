@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from vllm_s2o.cli.server import Server
 from vllm_s2o.stats import pairs
@@ -49,7 +50,7 @@ def density(log: str, before: int = 0) -> float | None:
     return round(visited / causal, 3) if causal else None
 
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

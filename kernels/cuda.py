@@ -4,16 +4,19 @@ The Triton kernels of `rank.py` and `prefill.py` take every problem. Those writt
 most on the GPUs that they are made for, and give the same ranking and the same stops.
 """
 
+from types import ModuleType
+
 import torch
 import triton
 
 from . import prefill, rank
 from .rank import order_queries
 
+_missing: str | None
 try:
     from . import hopper, vote
 except (ImportError, AttributeError) as error:  # Gluon's names move between versions of Triton
-    hopper = vote = None
+    hopper = vote = None  # type: ignore[assignment]  # asked for only where nothing is missing
     _missing = f"Triton {triton.__version__} has another Gluon ({error})"
 else:
     _missing = None
@@ -54,7 +57,8 @@ def rank_keys(query, key_cache, block_table, segments, num_slots: int, num_class
 
 def attend(query, key_cache, value_cache, block_table, segments, tiles, slots, order, *args, **rules) -> torch.Tensor:
     """`prefill.attend`."""
-    kernel, interval = prefill, rules["key_block"] * rules["stop_interval"]
+    kernel: ModuleType = prefill
+    interval = rules["key_block"] * rules["stop_interval"]
     problem = (query, key_cache, value_cache, order is not None, rules["tile_size"], interval)
     if uses_gluon() and hopper.unsuitable(*problem) is None:
         kernel = hopper

@@ -1,10 +1,12 @@
 """What `make` installs, with programs that only note how they were called."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from processes import ROOT, make
 
 PROGRAM = """#!/bin/sh
@@ -75,3 +77,13 @@ def test_an_environment_that_holds_both_is_made_anew(machine):
     (machine.directory / ".venv" / "installed-cuda").touch()
     assert machine.install(False)
     assert machine.markers == ["installed-cpu"]
+
+
+def test_a_commit_is_checked_by_the_programs_of_make_check():
+    """By the same ones, which `make check` installs; ruff looks at what is committed alone."""
+    recipe = re.search(r"^check: .*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    checked = re.findall(r"\.venv/bin/(ruff \w+|mypy)", recipe)
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    hooked = [re.match(r"\.venv/bin/(ruff \w+|mypy)", hook["entry"])[1] for hook in local["hooks"]]
+    assert hooked == checked == ["ruff check", "ruff format", "mypy"]
+    assert {hook["language"] for hook in local["hooks"]} == {"system"}

@@ -5,11 +5,14 @@ import configparser
 import json
 import re
 import shlex
+import shutil
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from environments import Environment
 from processes import ROOT, make, pip, run, run_python
 
 import vllm_s2o
@@ -19,10 +22,14 @@ CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "vllm_s2o").rglob("*.py"))
 
 
+def files(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
 @pytest.fixture(scope="module")
 def contents(wheel) -> set[str]:
-    with zipfile.ZipFile(wheel) as archive:
-        return set(archive.namelist())
+    return set(files(wheel))
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +56,11 @@ def test_the_wheel_holds_every_kernel(contents):
 def test_the_wheel_holds_every_config(contents):
     assert "default.yaml" in CONFIGS
     assert {f"vllm_s2o/configs/{name}" for name in CONFIGS} <= contents
+
+
+def test_the_wheel_says_that_it_has_types(contents):
+    """Type checkers look for this file, and pass over the annotations of a package without it."""
+    assert "vllm_s2o/py.typed" in contents
 
 
 def test_the_wheel_holds_nothing_beside_the_package(contents):
@@ -109,6 +121,65 @@ def test_pip_understands_the_readme(source, line):
     offline = ("--dry-run", "--ignore-installed", "--no-deps", "--no-index", "--no-build-isolation")
     warnings = pip("install", *offline, *shlex.split(line, comments=True), cwd=source)
     assert "does not provide the extra" not in warnings
+
+
+def test_the_version_stands_in_one_place(source, tmp_path):
+    copy = tmp_path / "checkout"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    (copy / "vllm_s2o" / "version.py").write_text('__version__ = "9.8.7"\n')
+    pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", tmp_path, copy)
+    (built,) = tmp_path.glob("*.whl")
+    held = files(built)
+    assert built.name.startswith("vllm_s2o-9.8.7-")
+    assert b"\nVersion: 9.8.7\n" in held["vllm_s2o-9.8.7.dist-info/METADATA"]
+    old = vllm_s2o.__version__.encode()
+    code = [name for name in held if name.endswith(".py")]
+    assert code and [name for name in code if b'"%s"' % old in held[name]] == []
+
+
+# -- the sdist --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sdist(source, tmp_path_factory) -> Path:
+    """Built without a network."""
+    work = tmp_path_factory.mktemp("sdist")
+    run([sys.executable, "-P", "-m", "build", "--sdist", "--no-isolation", "--outdir", work, source], work)
+    (built,) = work.glob("*.tar.gz")
+    return built
+
+
+def test_the_sdist_makes_the_same_wheel(sdist, wheel, tmp_path):
+    pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", tmp_path, sdist)
+    (again,) = tmp_path.glob("*.whl")
+    assert again.name == wheel.name
+    assert files(again) == files(wheel)
+
+
+def test_the_sdist_holds_no_tests(sdist):
+    """Without their helpers and models they would fail."""
+    with tarfile.open(sdist) as archive:
+        top = {name.split("/")[1] for name in archive.getnames() if "/" in name}
+    assert {"vllm_s2o", "kernels", "configs", "pyproject.toml", "README.md", "LICENSE"} <= top
+    assert not top & {"tests", "benchmarks", "examples"}
+
+
+PLUGINS = """
+import json
+from importlib.metadata import entry_points, version
+(plugin,) = entry_points(group="vllm.general_plugins", name="s2o")
+(script,) = entry_points(group="console_scripts", name="vllm-s2o")
+print(json.dumps([version("vllm-s2o"), plugin.load().__module__, plugin.load().__name__, script.load().__module__]))
+"""
+
+
+def test_the_sdist_installs_in_an_environment_of_its_own(sdist, tmp_path):
+    environment = Environment(tmp_path / "environment", sdist)
+    ended = environment.run("--help", cwd=tmp_path)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("Usage: vllm-s2o")
+    found = json.loads(run([environment.python, "-c", PLUGINS], tmp_path, PYTHONPATH=""))
+    assert found == [vllm_s2o.__version__, "vllm_s2o.plugin", "register", "vllm_s2o.cli.main"]
 
 
 # -- a checkout -------------------------------------------------------------------------------------------------------

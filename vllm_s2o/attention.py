@@ -332,7 +332,10 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(f"prefill_attention: {message}")
 
 
-def _check(query, key_cache, value_cache, block_table, query_start_loc, seq_lens, scale, out) -> None:
+def _check(
+    query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, block_table: torch.Tensor,
+    query_start_loc: torch.Tensor, seq_lens: torch.Tensor, scale: float, out: torch.Tensor | None,
+) -> None:  # fmt: skip
     _require(query.dim() == 3, f"query must be [num_tokens, num_heads, head_size], got {list(query.shape)}")
     _require(
         key_cache.dim() == 4 and key_cache.shape == value_cache.shape,
@@ -369,13 +372,13 @@ def _check(query, key_cache, value_cache, block_table, query_start_loc, seq_lens
             fits and tensor.dtype == torch.int32,
             f"{name} must be int32 {wanted}, got {tensor.dtype} {list(tensor.shape)}",
         )
-    for name, tensor in (
+    for name, given in (
         ("key_cache", key_cache), ("value_cache", value_cache), ("block_table", block_table),
         ("query_start_loc", query_start_loc), ("seq_lens", seq_lens), ("out", out),
     ):  # fmt: skip
         _require(
-            tensor is None or tensor.device == query.device,
-            f"{name} must be on the query's device {query.device}, got {getattr(tensor, 'device', None)}",
+            given is None or given.device == query.device,
+            f"{name} must be on the query's device {query.device}, got {getattr(given, 'device', None)}",
         )
     if out is not None:
         _require(

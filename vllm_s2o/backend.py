@@ -92,12 +92,14 @@ class Work:
 
 
 DENSE: Any = compat.dense_backend()
+DENSE_BUILDER: Any = DENSE.get_builder_cls()
+DENSE_IMPL: Any = DENSE.get_impl_cls()
 
 
-class S2OMetadataBuilder(DENSE.get_builder_cls()):
+class S2OMetadataBuilder(DENSE_BUILDER):
     """The dense builder, and the plan of a step's long prefills."""
 
-    _cudagraph_support = compat.cudagraph_support(DENSE.get_builder_cls())
+    _cudagraph_support = compat.cudagraph_support(DENSE_BUILDER)
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device, *args, **kwargs):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, *args, **kwargs)
@@ -182,10 +184,11 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
         if common.max_query_len < self.s2o_min_query:
             tell_once(self.s2o_few)
             return None
-        reason = compat.step_problem(common, metadata)
         lengths = compat.host_lengths(common)
         if lengths is None:
-            reason = "sequence lengths are not known on the host"
+            tell_once("sequence lengths are not known on the host")
+            return None
+        reason = compat.step_problem(common, metadata)
         if reason is not None:
             tell_once(reason)
             return None
@@ -227,7 +230,7 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
         return dict(zip(names, attention.device_thresholds(rows, self.device), strict=True))
 
 
-class S2OImpl(DENSE.get_impl_cls()):
+class S2OImpl(DENSE_IMPL):
     """The dense implementation, and S2O for the rows that a step's plan names."""
 
     s2o_params: S2OParams | None = None

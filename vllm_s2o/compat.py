@@ -127,8 +127,9 @@ def install_hooks(on_config: Callable[[Any], None]) -> None:
         if uses_s2o(vllm_config):
             on_config(vllm_config)
 
-    check_and_update_config.s2o = True
-    platform.check_and_update_config = classmethod(check_and_update_config)
+    hook: Any = check_and_update_config
+    hook.s2o = True
+    platform.check_and_update_config = classmethod(hook)
 
     if current_platform.is_cpu():
         choose = platform.get_attn_backend_cls
@@ -277,7 +278,7 @@ def dense_backend() -> type:
     return FlashAttentionBackend
 
 
-def cudagraph_support(dense_builder: type):
+def cudagraph_support(dense_builder: Any):
     """At most uniform decode: a graph of a mixed batch would freeze the choice between sparse and dense."""
     from vllm.v1.attention.backend import AttentionCGSupport
 
@@ -409,8 +410,10 @@ def as_in_batch(part: Any, whole: Any) -> Any:
 def cuda_caches(kv_cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V as [num_blocks, block_size, num_kv_heads, head_size] views of FLASH_ATTN's cache."""
     if kv_cache.dim() == 5:  # [blocks, 2, block_size, kv_heads, head_size], to 0.25
-        return kv_cache.unbind(1)
-    return kv_cache.transpose(1, 2).split(head_size, dim=-1)  # [blocks, kv_heads, block_size, 2 * head_size]
+        key, value = kv_cache.unbind(1)
+    else:  # [blocks, kv_heads, block_size, 2 * head_size]
+        key, value = kv_cache.transpose(1, 2).split(head_size, dim=-1)
+    return key, value
 
 
 def _split_cpu(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int, int]:

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import importlib.resources
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -21,7 +21,9 @@ __all__ = ["ConfigError", "ModelTraits", "ResolvedConfig", "S2OParams", "load_co
 ENVIRONMENT = "VLLM_S2O_CONFIG"
 """Path of a config file, where --additional-config names none."""
 
-_FOUND = {
+Matched = Literal["name", "dimensions", "default", "path"]
+
+_FOUND: dict[Matched, str] = {
     "name": "matched by name",
     "dimensions": "matched by architecture and dimensions",
     "default": "no file matches this model",
@@ -37,7 +39,7 @@ class ResolvedConfig:
     traits: ModelTraits
     source: str
     """The file that was started from: a shipped one's name, or the path that the user gave."""
-    matched: Literal["name", "dimensions", "default", "path"]
+    matched: Matched
     """How it was found."""
     origins: dict[str, str] = field(default_factory=dict)
     """Dotted field -> where its value came from."""
@@ -257,7 +259,7 @@ def _expanded(path: str) -> Path:
         return Path(path)
 
 
-def _find(traits: ModelTraits, directory: Path | Traversable) -> tuple[dict[str, Any], str, str]:
+def _find(traits: ModelTraits, directory: Path | Traversable) -> tuple[dict[str, Any], str, Matched]:
     """The shipped file for a model: by name, else by dimensions, else the default."""
     fields, matches = {}, {}
     for entry in sorted(directory.iterdir(), key=lambda e: e.name):
@@ -265,7 +267,9 @@ def _find(traits: ModelTraits, directory: Path | Traversable) -> tuple[dict[str,
             with importlib.resources.as_file(entry) as path:
                 fields[entry.name] = yaml_file.read(path, entry.name)
             matches[entry.name] = validate(ConfigFile, fields[entry.name], entry.name).match
-    ranks = (("name", Match.by_name), ("name", Match.by_last_part), ("dimensions", Match.by_dimensions))
+    ranks: tuple[tuple[Matched, Callable[[Match, ModelTraits], bool]], ...] = (
+        ("name", Match.by_name), ("name", Match.by_last_part), ("dimensions", Match.by_dimensions),
+    )  # fmt: skip
     for how, fits in ranks:
         found = [name for name, match in matches.items() if fits(match, traits)]
         if len(found) > 1:

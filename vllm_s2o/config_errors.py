@@ -49,7 +49,7 @@ ALLOWED: dict[type[BaseModel], dict[str, str]] = {
 }
 """The values of each field, as a sentence says them."""
 
-NESTED = {"match": Match, "params": S2OParams, "layers": Override, "provenance": Provenance}
+NESTED: dict[str, type[BaseModel]] = {"match": Match, "params": S2OParams, "layers": Override, "provenance": Provenance}
 """Models of the fields that hold further fields."""
 
 

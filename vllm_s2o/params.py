@@ -1,7 +1,7 @@
 """What one layer's sparse prefill runs with."""
 
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -48,13 +48,13 @@ class S2OParams(BaseModel):
 
     @field_validator("tile_size", "key_block", "num_classes", mode="before")
     @classmethod
-    def _no_bool(cls, value):
+    def _no_bool(cls, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, int):
             raise ValueError("must be one of 16, 32, 64 and 128")
         return value
 
     @model_validator(mode="after")
-    def _whole_tiles(self):
+    def _whole_tiles(self) -> Self:
         if self.segment_len % self.tile_size:
             raise PydanticCustomError(
                 NOT_WHOLE_TILES,

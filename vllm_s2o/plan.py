@@ -148,7 +148,7 @@ def make_plan(
     """
     chosen = tuple(range(len(query_lens)) if seqs is None else seqs)
     attended = frozenset(chosen)  # looked up once per row
-    row, segments = 0, []
+    row, segments = 0, list[Segment]()
     for seq, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
         if seq in attended:
             segments += split_segments(seq, row, query_len, seq_len, segment_len)

@@ -7,7 +7,7 @@ from vllm_s2o import compat
 from vllm_s2o.config import ENVIRONMENT, ConfigError, ModelTraits, ResolvedConfig, load_config
 
 
-def resolve(vllm_config) -> ResolvedConfig:
+def resolve(vllm_config: Any) -> ResolvedConfig:
     """The config for the model of a VllmConfig. Raises ConfigError."""
     given = part_of(vllm_config.additional_config)
     traits = traits_of(vllm_config.model_config)
@@ -31,7 +31,7 @@ def part_of(additional: Any) -> Any:
     return additional.get("s2o")
 
 
-def traits_of(model_config) -> ModelTraits:
+def traits_of(model_config: Any) -> ModelTraits:
     """Of vLLM's ModelConfig, or of a `model.Model`, which has the same names."""
     try:
         return ModelTraits(**compat.model_traits(model_config))

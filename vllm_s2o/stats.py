@@ -165,8 +165,9 @@ def prefills(log: str) -> list[Prefill]:
     """The steps that a server's log tells of."""
     found = []
     for query, seq, density, *numbers in _LINE.findall(log):
-        lengths = (tuple(int(n) for n in re.findall(r"\d+", text)) for text in (query, seq))
-        found.append(Prefill(*lengths, float(density), *map(int, numbers)))
+        query_lens, seq_lens = (tuple(int(n) for n in re.findall(r"\d+", text)) for text in (query, seq))
+        sparse, layers, visited, causal = map(int, numbers)
+        found.append(Prefill(query_lens, seq_lens, float(density), sparse, layers, visited, causal))
     return found
 
 

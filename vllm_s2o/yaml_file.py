@@ -21,8 +21,8 @@ class ConfigError(ValueError):
 class _Loader(_Base):
     """Safe loading that refuses a key given twice: YAML would let the last one win."""
 
-    def construct_mapping(self, node, deep=False):
-        line, seen = node.start_mark.line + 1, set()
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        line, seen = node.start_mark.line + 1, set[str]()
         for key in (self.construct_object(key, deep=True) for key, _ in node.value):
             if not isinstance(key, str):
                 raise ConfigError(f"the key {key!r} in line {line} must be a word")
@@ -86,7 +86,7 @@ def _check_events(text: str) -> None:
     """Refuse what plain data does not need before anything is built from it."""
     depth = 0
     for event in yaml.parse(text, _Base):
-        line = event.start_mark.line + 1
+        line = event.start_mark.line + 1 if event.start_mark else 0
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise ConfigError(f"aliases and anchors are not allowed (line {line}); write the values out")
         tag = getattr(event, "tag", None)

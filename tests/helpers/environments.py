@@ -1,4 +1,4 @@
-"""Virtual environments with this package installed from its wheel, as a user has it."""
+"""Virtual environments with this package installed, as a user has it."""
 
 import subprocess
 import sys
@@ -13,11 +13,11 @@ class Environment:
 
     Args:
         directory: where to make it.
-        wheel: of this package.
+        package: its wheel or its sdist; None to leave it out.
         missing: distributions to leave out, with the packages of that name.
     """
 
-    def __init__(self, directory: Path, wheel: Path, missing: tuple[str, ...] = ()):
+    def __init__(self, directory: Path, package: Path | None, missing: tuple[str, ...] = ()):
         self.directory = directory
         venv.create(directory, with_pip=False)
         (packages,) = directory.glob("lib/*/site-packages")
@@ -26,7 +26,9 @@ class Environment:
                 for entry in place.iterdir():
                     if self._wanted(entry.name, missing) and not (packages / entry.name).exists():
                         (packages / entry.name).symlink_to(entry)
-        pip("--python", directory / "bin" / "python", "install", "--no-deps", "--no-index", wheel)
+        self.python = directory / "bin" / "python"
+        if package is not None:
+            pip("--python", self.python, "install", "--no-deps", "--no-index", "--no-build-isolation", package)
 
     @staticmethod
     def _wanted(name: str, missing: tuple[str, ...]) -> bool:

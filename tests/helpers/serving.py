@@ -1,8 +1,10 @@
 """Servers as the tests start them: small, on the CPU or on a GPU."""
 
 import contextlib
+import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -32,6 +34,34 @@ DENSE_IS_EXACT = [*PRECISION[1:]] == DTYPE
 """Whether every server here has that precision: a second one without the flag would be the same."""
 KV_CACHE = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 """GiB of each server: more than twice what 8,192 tokens take in fp32, for up to four servers live side by side."""
+
+
+SMALL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "hidden_size": 256,
+    "intermediate_size": 64,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "torch_dtype": "bfloat16",
+}
+"""A model's config.json, without weights, for SmolLM2's tokenizer: where the model is not what is tried."""
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
+"""For an engine without a server: two processes less, each of which imports vLLM for ten seconds. More threads in the
+one would wait for each other."""
+
+
+def write_small(model: Path, directory: Path) -> Path:
+    """SMALL with the tokenizer and the chat template of a model."""
+    (directory / "config.json").write_text(json.dumps(SMALL))
+    for pattern in ("tokenizer*.json", "chat_template*"):
+        for file in model.glob(pattern):
+            shutil.copy(file, directory)
+    return directory
 
 
 class Server(server.Server):

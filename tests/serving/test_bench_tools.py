@@ -12,24 +12,9 @@ import psutil
 import pytest
 from bench_modules import latency, main, servers
 from processes import CHANGED, ROOT
-from serving import BASE_ARGS
+from serving import BASE_ARGS, ONE_PROCESS, SMALL
 
 pytestmark = pytest.mark.serving
-
-# Without weights, and with SmolLM2's tokenizer: it is the tool that is tried here.
-SMALL = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "hidden_size": 256,
-    "intermediate_size": 64,
-    "vocab_size": 49152,
-    "max_position_embeddings": 8192,
-    "torch_dtype": "bfloat16",
-}
 
 
 def test_bench_serve(s2o, model, tmp_path):
@@ -39,8 +24,6 @@ def test_bench_serve(s2o, model, tmp_path):
     assert 0 < figures["density"] < 1
 
 
-# Two processes less, each of which imports vLLM for ten seconds. More threads in the one would wait for each other.
-ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
 UNI = ["--distributed-executor-backend", "uni"]
 
 

@@ -1,6 +1,7 @@
 """`vllm-s2o calibrate`: a config file with thresholds that were searched on a model."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -8,6 +9,9 @@ from vllm_s2o import model as models
 from vllm_s2o import settings
 from vllm_s2o.cli.options import additional_config, as_json, print_json
 from vllm_s2o.cli.progress import layers_done
+
+if TYPE_CHECKING:
+    from vllm_s2o.quality.calibration.run import Found
 
 LONGEST = 2**20
 
@@ -29,8 +33,9 @@ LONGEST = 2**20
 @click.option("--force", is_flag=True, help="Replace FILE if it is there.")
 @as_json
 def calibrate(
-    model, out, texts, tokens, segment_lens, min_seq_len, seed, additional, force, as_json, **budgets
-) -> None:
+    model: str, out: Path, texts: tuple[str, ...], tokens: int, segment_lens: tuple[int, ...], min_seq_len: int | None,
+    seed: int, additional: dict[str, Any] | None, force: bool, as_json: bool, **budgets: float | None,
+) -> None:  # fmt: skip
     """Search thresholds for MODEL, per layer and per KV head, and write a config file.
 
     MODEL is a directory or a name on Hugging Face. It runs densely in transformers on one half of each text, where
@@ -47,7 +52,7 @@ def calibrate(
 
     if out.exists() and not force:
         raise click.UsageError(f"{out} is there already: name another file, or add --force.")
-    given = {"texts": tuple(dict.fromkeys(texts)) or ("code", "prose")}
+    given: dict[str, Any] = {"texts": tuple(dict.fromkeys(texts)) or ("code", "prose")}
     given |= {"segment_lens": tuple(dict.fromkeys(segment_lens))} if segment_lens else {}
     known = models.read(model)
     layers = settings.traits_of(known).num_layers
@@ -76,12 +81,12 @@ def calibrate(
     click.echo(f'\nWritten: {out}. Serve with --additional-config \'{{"s2o": "{out}"}}\'.')
 
 
-def _thresholds(found, layer: int) -> list[float] | None:
+def _thresholds(found: "Found", layer: int) -> list[float] | None:
     at = found.layers[layer].at
     return None if at is None else [found.thresholds[index] for index in at]
 
 
-def _lines(found) -> list[str]:
+def _lines(found: "Found") -> list[str]:
     from vllm_s2o.quality.calibration import search
 
     rows = ["layer  thresholds per KV head           density  relative error   (held-out text)"]
@@ -103,7 +108,7 @@ def _lines(found) -> list[str]:
     return rows
 
 
-def _document(found, out: Path) -> dict:
+def _document(found: "Found", out: Path) -> dict[str, Any]:
     return {
         "file": str(out), "segment_len": found.params.segment_len, "min_seq_len": found.min_seq_len,
         "density": found.density, "worst_relative_error": found.worst_error, "logit_kl": found.kl,

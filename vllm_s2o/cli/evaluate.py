@@ -1,5 +1,6 @@
 """`vllm-s2o evaluate`: what a config costs a model."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def evaluate(
             prompts = {text: source.prompt(text, tokens, split) for text in texts}
             loaded = source.load()
             for text, ids in prompts.items():
-                cost, layers[text] = measure(loaded, ids, config, lambda done, text=text: progress(text, done))
+                cost, layers[text] = measure(loaded, ids, config, functools.partial(progress, text))
                 costs.append(cost)
         except (CaptureError, CostError) as error:
             raise click.ClickException(str(error)) from error

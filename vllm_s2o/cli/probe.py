@@ -82,7 +82,7 @@ def main(path: Path, model: str | None, additional: dict[str, Any]) -> None:
         whole.replace(path)
 
     entry = next(iter(importlib.metadata.entry_points(group=GROUP, name=ENTRY)), None)
-    answer.entry_point = entry and entry.value
+    answer.entry_point = None if entry is None else entry.value
     tell()
     if importlib.util.find_spec("vllm") is None:
         return

@@ -11,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from openai import OpenAI
 
@@ -115,7 +116,7 @@ class Server:
             raise
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.stop()
 
     def _wait_until_up(self) -> None:
@@ -143,9 +144,9 @@ class Server:
                 self.process.wait(seconds)
         self.client.close()
 
-    def ask(self, prompt: str, **options) -> str:
+    def ask(self, prompt: str, **options: Any) -> str:
         """The greedy answer to a chat message."""
         options = {"max_tokens": 24, "temperature": 0, **options}
-        messages = [{"role": "user", "content": prompt}]
-        answer = self.client.chat.completions.create(model=self.name, messages=messages, **options)
+        messages: Any = [{"role": "user", "content": prompt}]
+        answer: Any = self.client.chat.completions.create(model=self.name, messages=messages, **options)
         return answer.choices[0].message.content

@@ -37,7 +37,7 @@ class CaptureError(RuntimeError):
 class Layer(NamedTuple):
     """One layer's attention inputs; on the CPU, where they are kept."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     query: torch.Tensor
     """[num_tokens, num_heads, head_size]"""
     key: torch.Tensor
@@ -106,7 +106,7 @@ class Source(NamedTuple):
         except TextError as error:
             raise CaptureError(str(error)) from error
 
-    def load(self, device: torch.device | None = None):
+    def load(self, device: torch.device | None = None) -> Any:
         """The model, in bfloat16 on a GPU, in float32 on a CPU; by default on the GPU if there is one.
 
         Raises:
@@ -150,7 +150,7 @@ def _loading(model: str) -> Iterator[None]:
         raise CaptureError(f"The model {model} cannot be loaded: {_line(error)}") from error
 
 
-def attention_inputs(model, ids: Sequence[int], layers: Sequence[int]) -> list[Layer]:
+def attention_inputs(model: Any, ids: Sequence[int], layers: Sequence[int]) -> list[Layer]:
     """What enters the attention of some layers of a causal LM that is loaded.
 
     Args:
@@ -167,7 +167,7 @@ def attention_inputs(model, ids: Sequence[int], layers: Sequence[int]) -> list[L
     return [by_index[index] for index in layers]
 
 
-def visit_layers(model, ids: Sequence[int], layers: Collection[int], visit: Callable[[Layer], object]) -> None:
+def visit_layers(model: Any, ids: Sequence[int], layers: Collection[int], visit: Callable[[Layer], object]) -> None:
     """Hand on what enters the attention of some layers while the model runs: none is kept here.
 
     Args:
@@ -181,14 +181,14 @@ def visit_layers(model, ids: Sequence[int], layers: Collection[int], visit: Call
     def attend(layer: Layer) -> torch.Tensor:
         if layer.index in layers:
             # Copies: the model's own tensors would be kept whole, and may be views of one another.
-            copies = (t.to("cpu", copy=True).contiguous() for t in (layer.query, layer.key, layer.value))
-            visit(Layer(layer.index, *copies, layer.scale))
+            query, key, value = (t.to("cpu", copy=True).contiguous() for t in (layer.query, layer.key, layer.value))
+            visit(Layer(layer.index, query, key, value, layer.scale))
         return dense_attention(layer)
 
     last_states(model, ids, attend)
 
 
-def last_states(model, ids: Sequence[int], attend: Callable[[Layer], torch.Tensor]) -> torch.Tensor:
+def last_states(model: Any, ids: Sequence[int], attend: Callable[[Layer], torch.Tensor]) -> torch.Tensor:
     """Run a causal LM on one prompt with an attention that is given.
 
     Args:
@@ -208,14 +208,17 @@ def last_states(model, ids: Sequence[int], attend: Callable[[Layer], torch.Tenso
     # transformers keeps what is registered: this lets go of `attend`, and of what it holds, when the model has run.
     functions = [attend]
 
-    def call(module, query, key, value, attention_mask, scaling=None, **options) -> tuple[torch.Tensor, None]:
+    def call(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
+        scaling: float | None = None, **options: Any,
+    ) -> tuple[torch.Tensor, None]:  # fmt: skip
         """query [1, num_heads, tokens, head_size] -> [1, tokens, num_heads, head_size]"""
         if problem := _beside_causality(module, query, value, options):
             raise CaptureError(f"The attention of layer {module.layer_idx} has {problem}: S2O runs no such layer.")
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         seen.add(module.layer_idx)
-        tensors = (t[0].transpose(0, 1) for t in (query, key, value))
-        return functions[0](Layer(module.layer_idx, *tensors, scale))[None], None
+        query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+        return functions[0](Layer(module.layer_idx, query, key, value, scale))[None], None
 
     # A name that has no mask function gets no mask: of a long prompt, one would be larger than the model.
     AttentionInterface.register(NAME, call)
@@ -240,7 +243,7 @@ def last_states(model, ids: Sequence[int], attend: Callable[[Layer], torch.Tenso
     return states
 
 
-def _beside_causality(module, query: torch.Tensor, value: torch.Tensor, options: dict[str, Any]) -> str | None:
+def _beside_causality(module: Any, query: torch.Tensor, value: torch.Tensor, options: dict[str, Any]) -> str | None:
     """What a layer's attention has that neither S2O nor `dense_attention` computes, or None.
 
     `options` are what transformers tells an attention function beside the tensors. To leave out a window or a cap would
@@ -279,7 +282,7 @@ def dense_attention(layer: Layer) -> torch.Tensor:
     return out[0].transpose(0, 1)
 
 
-def extend_rope(config, num_tokens: int) -> float:
+def extend_rope(config: Any, num_tokens: int) -> float:
     """Extend a model's RoPE by YaRN, if `num_tokens` exceed its context, and return the factor (1: nothing changed).
 
     Args:
@@ -294,7 +297,7 @@ def extend_rope(config, num_tokens: int) -> float:
         return 1.0
     # transformers 4 called this `rope_scaling`, beside `rope_theta`. Version 5, which every supported vLLM requires
     # (0.25.1: 5.5.3, 0.32.0: 5.16.1), calls it `rope_parameters` and reads the old names from a checkpoint too.
-    rope = getattr(config, "rope_parameters", None)
+    rope = getattr(config, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "not the same for all layers") if rope else "missing"
     if kind != "default":
         raise CaptureError(
@@ -308,7 +311,7 @@ def extend_rope(config, num_tokens: int) -> float:
     return factor
 
 
-def model_traits(model: str, config) -> ModelTraits:
+def model_traits(model: str, config: Any) -> ModelTraits:
     """What S2O's config files are matched by, from transformers' config."""
     return traits_of(Model(model, Path(model), config, config.get_text_config()))
 
@@ -379,11 +382,11 @@ def load(path: Path) -> Capture:
     try:
         with safe_open(path, "pt") as file:
             told = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
-            layers = tuple(
-                Layer(int(index), *(file.get_tensor(f"layers.{index}.{part}") for part in ("query", "key", "value")), s)
-                for index, s in told["layers"].items()
-            )
-            return Capture(**told | {"layers": layers, "traits": ModelTraits(**told["traits"])})
+            layers = []
+            for index, scale in told["layers"].items():
+                query, key, value = (file.get_tensor(f"layers.{index}.{part}") for part in ("query", "key", "value"))
+                layers.append(Layer(int(index), query, key, value, scale))
+            return Capture(**told | {"layers": tuple(layers), "traits": ModelTraits(**told["traits"])})
     except (OSError, SafetensorError) as error:
         raise CaptureError(f"Cannot read {path}: {_line(error)}") from error
     except (KeyError, TypeError, ValueError) as error:

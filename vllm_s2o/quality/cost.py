@@ -7,7 +7,7 @@ attention on what enters it there, against dense attention on the same.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -76,7 +76,7 @@ def sparse_attention(layer: Layer, params: S2OParams) -> tuple[torch.Tensor, flo
 
 
 def measure(
-    model, ids: Sequence[int], config: ResolvedConfig, progress: Callable[[int], object] = lambda layers: None
+    model: Any, ids: Sequence[int], config: ResolvedConfig, progress: Callable[[int], object] = lambda layers: None
 ) -> tuple[Cost, list[LayerCost]]:
     """Run one prompt dense and sparse.
 
@@ -89,8 +89,8 @@ def measure(
         CostError: the config leaves every layer dense at this length.
         CaptureError: the model's attention is not plain causal attention.
     """
-    sparse = {layer: config.layer(layer) for layer in range(config.traits.num_layers)}
-    sparse = {layer: params for layer, params in sparse.items() if params is not None}
+    layer_params = {layer: config.layer(layer) for layer in range(config.traits.num_layers)}
+    sparse = {layer: params for layer, params in layer_params.items() if params is not None}
     if len(ids) < config.min_seq_len or not sparse:
         why = f"from min_seq_len={config.min_seq_len} tokens on" if sparse else "in no layer"
         raise CostError(
@@ -124,7 +124,7 @@ def measure(
     return cost, layers
 
 
-def next_tokens(model, dense: torch.Tensor, sparse: torch.Tensor, ids: Sequence[int]) -> tuple[float, ...]:
+def next_tokens(model: Any, dense: torch.Tensor, sparse: torch.Tensor, ids: Sequence[int]) -> tuple[float, ...]:
     """What two runs of a prompt make of its next tokens.
 
     Args:

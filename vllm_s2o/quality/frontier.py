@@ -68,9 +68,9 @@ def measure(
 
             def visit(layer: Layer, text: str = text) -> None:
                 bar.set_description(f"{text}, layer {layer.index}")
-                tensors = (t.to(model.device) for t in (layer.query, layer.key, layer.value))
+                query, key, value = (t.to(model.device) for t in (layer.query, layer.key, layer.value))
                 chosen = None if every == 1 else sample(len(layer.query), TILE, 0, text, layer.index, every)
-                swept = sweep(*tensors, layer.scale, rules, tile_size=TILE, chosen=chosen, progress=bar.update)
+                swept = sweep(query, key, value, layer.scale, rules, tile_size=TILE, chosen=chosen, progress=bar.update)
                 parts.add(text, layer.index, as_lists(swept))
                 bar.set_description(f"{text}: running the model")
 

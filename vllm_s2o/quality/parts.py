@@ -21,7 +21,7 @@ class Parts:
 
     def __init__(self, path: Path, settings: dict[str, Any]):
         self.path = path
-        self.done: dict[tuple[str, int], dict[str, dict]] = {}
+        self.done: dict[tuple[str, int], dict[str, Any]] = {}
         settings = json.loads(json.dumps(settings))  # as they will be read: tuples become lists
         try:
             whole = path.read_bytes() if path.exists() else b""
@@ -47,7 +47,7 @@ class Parts:
         except OSError as error:
             raise PartsError(f"Cannot write {path}: {error.strerror}.") from error
 
-    def add(self, text: str, layer: int, methods: dict[str, dict]) -> None:
+    def add(self, text: str, layer: int, methods: dict[str, Any]) -> None:
         """methods: what `sweep` returns, with lists."""
         self._append({"text": text, "layer": layer, "methods": methods})
         self.done[text, layer] = methods

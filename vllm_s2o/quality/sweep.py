@@ -173,8 +173,8 @@ def visits(
 class _Sums:
     """Running sums of one rule over a head's tiles."""
 
-    def __init__(self):
-        self.pairs = self.computed = self.squares = self.retained = 0.0
+    def __init__(self) -> None:
+        self.pairs = self.computed = self.squares = self.retained = torch.zeros((), dtype=torch.float64)
 
     def add(self, tile: Weights, visit: Visit) -> None:
         self.pairs = self.pairs + visit.pairs

@@ -12,12 +12,13 @@ What thresholds are chosen by must not be what they are judged by: a text has a 
 """
 
 import ast
+import contextlib
 import itertools
 import sysconfig
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SOURCES = ("code", "prose", "dialogue", "tables")
 
@@ -70,12 +71,13 @@ def library() -> Iterator[tuple[str, str]]:
 
 
 def prose() -> Iterator[str]:
-    try:
+    found: dict[str, str] = {}
+    with contextlib.suppress(ImportError):  # packaged apart by some distributions
         from pydoc_data.topics import topics
-    except ImportError:  # packaged apart by some distributions
-        topics = {}
-    for name in sorted(topics):
-        yield topics[name].strip() + "\n\n"
+
+        found = topics
+    for name in sorted(found):
+        yield found[name].strip() + "\n\n"
     for _, text in library():
         yield from (doc + "\n\n" for doc in docstrings(text))
 
@@ -112,9 +114,9 @@ def functions(text: str) -> Iterator[Function]:
         return
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
     for outer in tree.body:
-        for node in outer.body if isinstance(outer, ast.ClassDef) else [outer]:
+        prefix, inner = (f"{outer.name}.", outer.body) if isinstance(outer, ast.ClassDef) else ("", [outer])
+        for node in inner:
             if isinstance(node, kinds):
-                prefix = f"{outer.name}." if node is not outer else ""
                 signature = f"{node.name}({ast.unparse(node.args)})"
                 yield Function(prefix + node.name, node.lineno, signature, ast.get_docstring(node) or "")
 
@@ -185,7 +187,7 @@ def beginning(parts: Iterable[str], num_chars: int) -> str:
     return "".join(taken)[:num_chars]
 
 
-def first_tokens(tokenizer, source: str, count: int, split: str | None = None) -> list[int]:
+def first_tokens(tokenizer: Any, source: str, count: int, split: str | None = None) -> list[int]:
     """The first `count` tokens of a text, with what the tokenizer sets before it.
 
     Args:

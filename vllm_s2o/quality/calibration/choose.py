@@ -35,7 +35,8 @@ def with_changes(params: S2OParams, **changes: Any) -> S2OParams:
 
 def cheapest(budget: Budget, curves: dict[str, list[Curves]], segment_lens: Sequence[int]) -> tuple[str, list[Choice]]:
     """The best segment length's choices: the cheapest at an error, the one that errs least at a density."""
-    found, lowest = {}, 1.0
+    found, lowest = dict[str, tuple[float, list[Choice]]](), 1.0
+    allowed = budget.max_relative_error or 0.0  # of no use where a density is given
     for rule, length in zip(curves, segment_lens, strict=True):
         ranking = RANKING_COST * 512 / length
         if budget.target_density is not None:
@@ -45,7 +46,7 @@ def cheapest(budget: Budget, curves: dict[str, list[Curves]], segment_lens: Sequ
             if density <= budget.target_density:
                 found[rule] = sum(choice.error for choice in choices), choices
         else:
-            choices = [search.within_error(layer, budget.max_relative_error) for layer in curves[rule]]
+            choices = [search.within_error(layer, allowed) for layer in curves[rule]]
             found[rule] = search.mean_density(choices) + ranking, choices
     if not found:
         lengths = " or ".join(map(str, segment_lens))

@@ -77,10 +77,10 @@ def measure(
             continue
 
         def visit(layer: Layer, name: str = name) -> None:
-            tensors = (t.to(model.device) for t in (layer.query, layer.key, layer.value))
+            query, key, value = (t.to(model.device) for t in (layer.query, layer.key, layer.value))
             tile = next(iter(rules.values())).tile
             chosen = sample(len(layer.query), tile, seed, name, layer.index)
-            swept = sweep(*tensors, layer.scale, rules, tile_size=tile, chosen=chosen)
+            swept = sweep(query, key, value, layer.scale, rules, tile_size=tile, chosen=chosen)
             parts.add(name, layer.index, as_lists(swept))
             progress(name, 1)
 

@@ -21,12 +21,12 @@ def overrides(choices: Sequence[Choice], values: Sequence[float], group: int) ->
         values: the thresholds that a choice's indices name.
         group: query heads of a KV head.
     """
-    whole = Counter(values[choice.at[0]] for choice in choices if not choice.dense and len(set(choice.at)) == 1)
+    whole = Counter(values[choice.at[0]] for choice in choices if choice.at is not None and len(set(choice.at)) == 1)
     common = whole.most_common(1)[0][0] if whole else values[len(values) // 2]
     by_threshold: dict[Any, list[int]] = {}
     by_head = []
     for layer, choice in enumerate(choices):
-        if choice.dense:
+        if choice.at is None:
             by_threshold.setdefault("dense", []).append(layer)
         elif len(set(choice.at)) == 1:
             if values[choice.at[0]] != common:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_s2o.config import ConfigError, ModelTraits, load_config
+from vllm_s2o.config import ConfigError, ModelTraits, ResolvedConfig, load_config
 from vllm_s2o.params import S2OParams
 from vllm_s2o.quality import cost
 from vllm_s2o.quality.capture import CaptureError, Source, open_model
@@ -163,7 +163,7 @@ def _found(
     if all(choice.dense for choice in choices):
         raise CalibrationError("No layer can be sparse within this budget: nothing is written.")
     judged = [
-        search.DENSE if choice.dense else search.take(curves, choice.at)
+        search.DENSE if choice.at is None else search.take(curves, choice.at)
         for choice, curves in zip(choices, held_out[rule], strict=True)
     ]
     dense, worst = [choice.dense for choice in choices], max(choice.error for choice in judged)
@@ -180,8 +180,9 @@ def _found(
 
 
 def _write(
-    out: Path, found: Found, source: Source, base, budget: Budget, texts: Sequence[str], num_tokens: int, seed: int
-) -> None:
+    out: Path, found: Found, source: Source, base: ResolvedConfig, budget: Budget, texts: Sequence[str],
+    num_tokens: int, seed: int,
+) -> None:  # fmt: skip
     traits = source.traits
     group = traits.num_heads // traits.num_kv_heads
     _, layers = file.overrides(found.layers, found.thresholds, group)

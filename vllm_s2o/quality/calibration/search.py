@@ -87,11 +87,11 @@ def within_error(curves: Curves, allowed: float) -> Choice:
 def _filled(curves: Curves, choice: Choice, allowed: float) -> Choice:
     """What is left of the error, spent head by head: a price leaves some where no choice lies at the budget itself."""
     while True:
-        heads = range(len(choice.at))
+        at = choice.at or ()
         others = [
-            take(curves, (*choice.at[:head], index, *choice.at[head + 1 :]))
-            for head in heads
-            for index in range(choice.at[head] + 1, curves.density.shape[1])
+            take(curves, (*at[:head], index, *at[head + 1 :]))
+            for head in range(len(at))
+            for index in range(at[head] + 1, curves.density.shape[1])
         ]
         better = [other for other in others if other.error <= allowed and other.density < choice.density]
         if not better:
@@ -156,8 +156,9 @@ def _single(
     if after == len(points) or min(error, values[last]) <= 0:
         return values[last], density
     share = math.log(worst / error) / math.log(points[after][0] / error)
-    between = (a ** (1 - share) * b**share for a, b in ((values[last], values[after]), (density, points[after][1])))
-    return tuple(between)
+    between = ((values[last], values[after]), (density, points[after][1]))
+    threshold, density = (a ** (1 - share) * b**share for a, b in between)
+    return threshold, density
 
 
 def mean_density(choices: Sequence[Choice]) -> float:

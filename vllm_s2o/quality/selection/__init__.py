@@ -5,6 +5,8 @@ blocks.py   PBS-Attn, block means, FlashPrefill, XAttention, FlexPrefill
 exact.py    two bounds: each row's heaviest keys
 """
 
+from collections.abc import Callable
+
 from . import ranked
 from .blocks import PBS, BlockMean, FlashPrefill, FlexPrefill, XAttention
 from .exact import RowRule, TopK, TopP
@@ -13,7 +15,7 @@ from .rule import Head, Rule, Tile, UnitRule, heads_of, tiles_of
 
 __all__ = ["METHODS", "S2O", "Head", "RowRule", "Rule", "Tile", "UnitRule", "heads_of", "method", "tiles_of"]
 
-METHODS = {
+METHODS: dict[str, Callable[[], Rule]] = {
     "pbs": PBS,
     "block_mean": BlockMean,
     "flashprefill": FlashPrefill,

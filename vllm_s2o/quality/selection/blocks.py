@@ -7,6 +7,8 @@ are [query blocks, key blocks], and blocks after the diagonal are never visited.
 
 import math
 from abc import abstractmethod
+from collections.abc import Hashable
+from typing import Any
 
 import torch
 
@@ -70,14 +72,17 @@ class BlockRule(UnitRule):
 
     def __init__(self, block: int = 128):
         self.tile = self.block = block
-        self.layouts = ("blocks", block)
+
+    @property
+    def layouts(self) -> Hashable:
+        return "blocks", self.block
 
     @abstractmethod
-    def scores(self, head: Head) -> torch.Tensor:
-        """What is computed once, whatever the looseness."""
+    def scores(self, head: Head) -> Any:
+        """What is computed once, whatever the looseness: for `chosen`."""
 
     @abstractmethod
-    def chosen(self, scores: torch.Tensor, value: float) -> torch.Tensor:
+    def chosen(self, scores: Any, value: float) -> torch.Tensor:
         """[query blocks, key blocks] bool; what it says of blocks after the diagonal is ignored."""
 
     def blocks(self, head: Head, value: float) -> torch.Tensor:
@@ -269,7 +274,10 @@ class PBS(UnitRule):
         if segment % block:
             raise ValueError(f"PBS-Attn's segment must be a multiple of its block: {segment} is none of {block}")
         self.tile, self.block, self.segment = block, block, segment
-        self.layouts = ("pbs", block, segment)
+
+    @property
+    def layouts(self) -> Hashable:
+        return "pbs", self.block, self.segment
 
     def permutation(self, head: Head) -> torch.Tensor:
         """Positions of the keys in their new order, [tokens]."""
@@ -292,7 +300,7 @@ class PBS(UnitRule):
         return (pooled @ keys.T * head.scale).masked_fill(~earlier, -math.inf).softmax(-1)
 
     def chosen(self, scores: torch.Tensor, order: torch.Tensor, value: float) -> torch.Tensor:
-        first = (order == 0).nonzero().item() // self.block
+        first = int((order == 0).nonzero()) // self.block
         chosen = covering(scores.nan_to_num(0), value)
         chosen[:, first] = True
         return chosen

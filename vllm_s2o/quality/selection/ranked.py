@@ -5,8 +5,9 @@ ships is `kernels/naive.py`, and `S2O()` with the parameters of an `S2OParams` s
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -87,7 +88,7 @@ class S2O(UnitRule):
     values: tuple[float, ...] = TAUS
 
     @property
-    def layouts(self) -> tuple:
+    def layouts(self) -> Hashable:
         return "s2o", self.segment, self.ranking, self.num_classes, self.key_block
 
     def order(self, head: Head, tile: Tile) -> torch.Tensor:
@@ -191,7 +192,7 @@ def named(name: str, sizes: Sequence[int] = (128, 64)) -> S2O:
     """
     prefix, _, rest = name.partition("_")
     segment, *words = rest.replace("mean_row", "mean-row").split("_")
-    known = {"segment": int(segment)} if prefix == "s2o" and segment.isdigit() else None
+    known: dict[str, Any] = {"segment": int(segment)} if prefix == "s2o" and segment.isdigit() else {}
     for word in words if known else ():
         if word in RANKINGS:
             known["ranking"] = word
@@ -204,7 +205,7 @@ def named(name: str, sizes: Sequence[int] = (128, 64)) -> S2O:
         elif word == "sorted":
             known["num_classes"] = None
         else:
-            known = None
+            known = {}
             break
     if not known or not known["segment"] or known["segment"] % sizes[0]:
         raise ValueError(

@@ -21,7 +21,7 @@ class Head(NamedTuple):
 
     queries: torch.Tensor
     """[tokens, group, size]: of all query heads that share the key."""
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     """Which of the group this head is."""
     key: torch.Tensor
     """[tokens, size]"""
@@ -94,8 +94,10 @@ class Rule(ABC):
 class UnitRule(Rule):
     """A rule that picks whole units of the history."""
 
-    layouts: Hashable
-    """Rules for which this is equal have the same layouts for every head and tile."""
+    @property
+    @abstractmethod
+    def layouts(self) -> Hashable:
+        """Rules for which this is equal have the same layouts for every head and tile."""
 
     @abstractmethod
     def bind(self, head: Head) -> "UnitSelection":

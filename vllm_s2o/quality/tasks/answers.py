@@ -89,7 +89,8 @@ class Answers:
         self.found[backend, task, int(length), int(index)] = Answer(**line["answer"])
         if "pairs" in line:
             before = self.pairs.get((backend, task, length), (0, 0))
-            self.pairs[backend, task, length] = tuple(map(sum, zip(before, line["pairs"], strict=True)))
+            visited, causal = line["pairs"]
+            self.pairs[backend, task, length] = before[0] + visited, before[1] + causal
 
     def _append(self, lines: list[dict[str, Any]]) -> None:
         try:

@@ -69,7 +69,7 @@ def opened(args: argparse.Namespace) -> list[File]:
     return [open_file(path) for open_file, path in openers]
 
 
-def interrupt(*_) -> None:
+def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 

@@ -6,7 +6,9 @@ summaries take ROUGE, free answers about books an F1 of words, and running sums 
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .external import File, Question, Record, Rule, read
 from .prompt import TaskError
@@ -22,10 +24,10 @@ REFUSED = {
 
 def words(answer: str, marks: str) -> list[str]:
     """An answer's words, where these marks stand for spaces."""
-    return answer.translate(str.maketrans(dict.fromkeys(marks, " "))).split()
+    return answer.translate(str.maketrans(marks, " " * len(marks))).split()
 
 
-def first(record: Record):
+def first(record: Record) -> Any:
     """The answer, which some files give as a list of one."""
     answer = record["answer"]
     return answer[0] if isinstance(answer, list) else answer
@@ -38,12 +40,12 @@ def letter(record: Record) -> str:
 
 def first_digits(answer: str, record: Record) -> bool:
     found = re.search(r"[0-9]+", answer)
-    return bool(found) and found[0] == str(first(record))
+    return found is not None and found[0] == str(first(record))
 
 
 def first_number(answer: str, record: Record) -> bool:
     found = re.search(r"\d+\.\d+|\d+", answer)
-    return bool(found) and float(found[0]) == float(first(record))
+    return found is not None and float(found[0]) == float(first(record))
 
 
 def last_number(answer: str, record: Record) -> bool:
@@ -93,7 +95,7 @@ def options(record: Record) -> str:
     return "\n".join(f"{name}. {option}" for name, option in zip(LETTERS, record["options"], strict=True))
 
 
-def about(said: str, begun: str, asked: str = "{input}"):
+def about(said: str, begun: str, asked: str = "{input}") -> Callable[[Record], Question]:
     """A question about a text; `asked` may name fields of the sample, and {options}."""
 
     def ask(record: Record) -> Question:
@@ -105,7 +107,10 @@ def about(said: str, begun: str, asked: str = "{input}"):
 
 def called(record: Record) -> Question:
     """The value of a function's call: the question names it as func_12(-3)."""
-    call = re.search(r"func_\d+\(-?\d+\)", record["input"])[0]
+    found = re.search(r"func_\d+\(-?\d+\)", record["input"])
+    if found is None:
+        raise ValueError(f"no call of a function in {record['input'][:60]!r}")
+    call = found[0]
     return Question(
         "These functions are written in Python.", record["context"], f"What does {call} return?", f"{call} returns"
     )

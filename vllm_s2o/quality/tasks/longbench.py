@@ -28,7 +28,7 @@ def ask(record: Record) -> Question:
 
 def score(answer: str, record: Record) -> bool:
     found = re.search(rf"{SAID} \(?([A-D])", f"{SAID} ({answer}".replace("*", ""))
-    return bool(found) and found[1] == record["answer"]
+    return found is not None and found[1] == record["answer"]
 
 
 def open_file(path: Path) -> File:

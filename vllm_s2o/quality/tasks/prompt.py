@@ -39,7 +39,7 @@ class Framing:
         chat: False asks in plain text, as does a tokenizer without a chat template.
     """
 
-    def __init__(self, tokenizer, chat: bool = True):
+    def __init__(self, tokenizer: Any, chat: bool = True):
         self.tokenizer = tokenizer
         self.chat = chat and bool(getattr(tokenizer, "chat_template", None))
 

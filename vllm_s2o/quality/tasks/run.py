@@ -73,7 +73,7 @@ def numbers(lengths: Sequence[int], samples: Sequence[int]) -> dict[int, int]:
         raise TaskError(f"Give one number of samples, or one for each of the {len(lengths)} lengths.")
     if not lengths or min((*lengths, *samples)) < 1:
         raise TaskError("At least one length must be given, and lengths and numbers of samples are 1 or more.")
-    return dict(zip(lengths, samples if len(samples) > 1 else samples * len(lengths), strict=True))
+    return dict(zip(lengths, samples if len(samples) > 1 else [*samples] * len(lengths), strict=True))
 
 
 def measure(

@@ -1,6 +1,6 @@
 """The tasks by their names in RULER, and their prompts: the same for the same tokenizer, length, index and seed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from random import Random
 
@@ -11,7 +11,7 @@ from .scoring import match_all
 TASKS = (*retrieval.TASKS, "vt", "cwe", "fwe")
 
 
-def _made(task: str, rng: Random, length: int):
+def _made(task: str, rng: Random, length: int) -> tuple[Callable[[int], tuple[str, str]], list[str], int]:
     """Text by units, what a right answer holds, and tokens for the answer."""
     if task == "vt":
         return *tracking.make(rng), tracking.ROOM

@@ -43,8 +43,8 @@ class Row:
         """Whether more is lost than may be, as far as the mean says."""
         return self.difference is not None and self.difference.mean < -ALLOWED
 
-    def cells(self, model: str) -> tuple:
-        compared = ("", "", "", "")
+    def cells(self, model: str) -> tuple[object, ...]:
+        compared: tuple[object, ...] = ("", "", "", "")
         if self.difference:
             compared = (*(f"{value:.2f}" for value in self.difference), self.same)
         density = "" if self.density is None else f"{self.density:.3f}"
@@ -59,10 +59,11 @@ def rows(answers: Answers, backends: Sequence[str], groups: dict[Group, int]) ->
         groups: the number of samples by task and length.
     """
     lengths = sorted({length for _, length in groups})
+    every: list[int | str] = [*lengths, ALL]
     found = []
-    for length in [*lengths, ALL]:
+    for length in every:
         mine = [group for group in groups if length in (ALL, group[1])]
-        sets = [] if length == ALL else [(task, [(task, length)]) for task, _ in mine]
+        sets = [] if length == ALL else [(group[0], [group]) for group in mine]
         if len(mine) > 1 and (length != ALL or len(lengths) > 1):
             sets.append((AVERAGE, mine))
         for task, some in sets:
@@ -70,21 +71,22 @@ def rows(answers: Answers, backends: Sequence[str], groups: dict[Group, int]) ->
     return found
 
 
-def _row(answers: Answers, backend: str, task: str, length, some: list[Group], groups, backends) -> Row:
+def _row(
+    answers: Answers, backend: str, task: str, length: int | str, some: list[Group], groups: dict[Group, int],
+    backends: Sequence[str],
+) -> Row:  # fmt: skip
     def of(name: str) -> list[list[Answer]]:
         return [[answers.found[name, *group, index] for index in range(groups[group])] for group in some]
 
     given = of(backend)
-    compared = {}
+    difference = same = None
     if backend != REFERENCE and REFERENCE in backends:
         pairs = [list(zip(*both, strict=True)) for both in zip(given, of(REFERENCE), strict=True)]
-        compared = {
-            "difference": statistics.difference([[(a.score, b.score) for a, b in group] for group in pairs]),
-            "same": sum(a.text == b.text for group in pairs for a, b in group),
-        }
+        difference = statistics.difference([[(a.score, b.score) for a, b in group] for group in pairs])
+        same = sum(a.text == b.text for group in pairs for a, b in group)
     score = statistics.score([[answer.score for answer in group] for group in given])
     density = answers.density(backend, some)
-    return Row(backend, task, length, score, density, sum(map(len, given)), **compared)
+    return Row(backend, task, length, score, density, sum(map(len, given)), difference, same)
 
 
 def write(path: Path, model: str, found: Sequence[Row]) -> None:
@@ -104,23 +106,23 @@ def summary(found: Sequence[Row], tries: int = 0) -> str:
         tries: requests that had to be made again.
     """
     lines = list(_lines(found))
-    compared = [row for row in found if row.difference]
-    tasks = [row for row in compared if row.task != AVERAGE]
+    compared = [(row, row.difference) for row in found if row.difference]
+    tasks = [(row, difference) for row, difference in compared if row.task != AVERAGE]
     if compared:
-        worse = [f"{row.task} at {row.length}" for row in tasks if row.worse]
-        proven = sum(row.difference.low > -ALLOWED for row in tasks)
+        worse = [f"{row.task} at {row.length}" for row, _ in tasks if row.worse]
+        proven = sum(difference.low > -ALLOWED for _, difference in tasks)
         lines.append(
             f"Worse than {REFERENCE} by more than {ALLOWED:g} points: {', '.join(worse) or 'none'}; the interval of "
             f"{proven} of {len(tasks)} differences excludes it."
         )
-        lines.append(f"Average over tasks: {_difference(compared[-1])}.")
+        lines.append(f"Average over tasks: {_difference(compared[-1][1])}.")
     if tries:
         lines.append(f"Requests that had to be made again: {tries}.")
     return "\n".join(lines)
 
 
-def _difference(row: Row) -> str:
-    return f"{row.difference.mean:+.1f} points ({row.difference.low:+.1f} to {row.difference.high:+.1f})"
+def _difference(found: statistics.Estimate) -> str:
+    return f"{found.mean:+.1f} points ({found.low:+.1f} to {found.high:+.1f})"
 
 
 def _lines(found: Sequence[Row]) -> Iterator[str]:
@@ -129,5 +131,5 @@ def _lines(found: Sequence[Row]) -> Iterator[str]:
         scored = f"{row.score.mean:5.1f} ± {row.score.ci95:4.1f}"
         said = f"{row.length:>6}  {row.task:20} {row.backend:6} {scored}  {density:13}"
         if row.difference:
-            said += f"  {_difference(row)}, {row.same} of {row.samples} answers the same"
+            said += f"  {_difference(row.difference)}, {row.same} of {row.samples} answers the same"
         yield said.rstrip()
