@@ -154,7 +154,9 @@ def install_hooks(on_config: Callable[[Any], None]) -> None:
     def validate_request(cls, processed_inputs, params, *args, **kwargs) -> None:
         problem = wish_problem(params) if flagged else None
         if problem is not None:
-            raise ValueError(problem)
+            from vllm.exceptions import VLLMValidationError
+
+            raise VLLMValidationError(problem, parameter="vllm_xargs")
         validate(processed_inputs, params, *args, **kwargs)
 
     platform.validate_request = classmethod(validate_request)
