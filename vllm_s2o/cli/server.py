@@ -14,7 +14,7 @@ from pathlib import Path
 
 from openai import OpenAI
 
-OURS = ("VLLM_PLUGINS", "VLLM_S2O_CONFIG")
+OURS = ("VLLM_PLUGINS", "VLLM_S2O_CONFIG", "S2O_SERVER")
 """Variables that would change what a server does and are not inherited."""
 
 
