@@ -20,7 +20,8 @@ REASONS = {ASKED: "asked by the request", SWITCHED_OFF: "switched off"}
 
 SALT = "s2o-dense"
 
-_digests: dict[int, str] = {}
+_last: tuple[Any, str] | None = None
+"""The configuration of this process's engine, and the hash of its config."""
 
 
 def set_switch(on: bool, server: place.Server | None = None) -> None:
@@ -64,6 +65,7 @@ def admit(vllm_config, request: Any) -> None:
 def _digest(vllm_config) -> str:
     from vllm_s2o.settings import resolve
 
-    if id(vllm_config) not in _digests:
-        _digests[id(vllm_config)] = resolve(vllm_config).digest()
-    return _digests[id(vllm_config)]
+    global _last
+    if _last is None or _last[0] is not vllm_config:
+        _last = vllm_config, resolve(vllm_config).digest()
+    return _last[1]
