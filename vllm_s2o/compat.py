@@ -389,10 +389,10 @@ def follow_requests(admit: Callable[[Any, Any], None], load: bool = False) -> No
         return
     preprocess = EngineCore.preprocess_add_request
 
-    def preprocess_add_request(self, engine_request):
+    def preprocess_add_request(self, request):
         if uses_s2o(self.vllm_config):
-            admit(self.vllm_config, engine_request)
-        return preprocess(self, engine_request)
+            admit(self.vllm_config, request)
+        return preprocess(self, request)
 
     preprocess_add_request.s2o = True
     EngineCore.preprocess_add_request = preprocess_add_request
@@ -408,7 +408,8 @@ def mark(engine_request, value: str | None, salt: str) -> None:
     if value is not None:  # on a copy: requests may share their parameters
         kind = "sampling_params" if engine_request.sampling_params is not None else "pooling_params"
         params = copy.copy(getattr(engine_request, kind))
-        setattr(params, "extra_args" if kind == "sampling_params" else "extra_kwargs", _extras(params) | {REQUEST_KEY: value})
+        extras = "extra_args" if kind == "sampling_params" else "extra_kwargs"
+        setattr(params, extras, _extras(params) | {REQUEST_KEY: value})
         setattr(engine_request, kind, params)
     given = engine_request.cache_salt
     engine_request.cache_salt = f"{salt}-{given}" if given else salt

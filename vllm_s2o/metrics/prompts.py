@@ -56,11 +56,11 @@ class Prompts:
         for request_id in scheduler_output.finished_req_ids:
             self._all.pop(request_id, None)
             self._computing.pop(request_id, None)
-        for new in scheduler_output.scheduled_new_reqs:
-            kept_dense = switch.REASONS.get(compat.mark_of(new))
-            computed = new.num_computed_tokens
-            prompt = Prompt(new.req_id, compat.prompt_length(new), computed, kept_dense, computed)
-            self._all[new.req_id] = self._computing[new.req_id] = prompt
+        for new_request in scheduler_output.scheduled_new_reqs:
+            name, computed = new_request.req_id, new_request.num_computed_tokens
+            kept_dense = switch.REASONS.get(compat.mark_of(new_request))
+            prompt = Prompt(name, compat.prompt_length(new_request), computed, kept_dense, computed)
+            self._all[name] = self._computing[name] = prompt
         cached = scheduler_output.scheduled_cached_reqs
         prefill = []
         if self._computing or cached.resumed_req_ids:

@@ -45,11 +45,11 @@ def show(server: place.Server, on: bool) -> None:
     write_alone(server.figures, f"switch-{server.pid}", ENABLED, [({}, float(on))])
 
 
-def admit(vllm_config, request: Any) -> None:
+def admit(vllm_config, engine_request) -> None:
     """Decide how a request that enters the engine is computed, and mark it."""
     directory = place.current()
     mark = None
-    if compat.wish(request) == ASKED:
+    if compat.wish(engine_request) == ASKED:
         mark = ASKED
     elif directory is not None and (directory / place.OFF).exists():
         mark = SWITCHED_OFF
@@ -57,9 +57,9 @@ def admit(vllm_config, request: Any) -> None:
     if problem and mark == ASKED:
         raise RuntimeError(f"s2o: a request asks for dense attention, which cannot be had here: {problem}")
     if mark and not problem:
-        compat.mark(request, mark, SALT)
+        compat.mark(engine_request, mark, SALT)
     elif compat.kv_connectors(vllm_config):
-        compat.mark(request, None, f"s2o-{_digest(vllm_config)}")
+        compat.mark(engine_request, None, f"s2o-{_digest(vllm_config)}")
 
 
 def _digest(vllm_config) -> str:
