@@ -480,25 +480,21 @@ def row_requests(runner, common, query_lens: Sequence[int], scheduled: dict[str,
         query_lens: of the rows, rows of padding (of length 0) included.
         scheduled: new tokens of each request of the step, as the scheduler has them.
     """
-    if hasattr(runner, "req_states"):  # model runner V2
-        ids = _rows_v2(runner, common, query_lens, scheduled)
-    else:
-        ids = list(runner.input_batch.req_ids)
-    if ids is None:
-        return None
-    ids += [""] * (len(query_lens) - len(ids))
-    # A step may be cut into micro-batches, or shared with other ranks: then its rows are not the scheduler's.
-    fits = sum(map(bool, query_lens)) == len(scheduled) and all(
-        scheduled.get(name) == length for name, length in zip(ids, query_lens, strict=False) if length
-    )
-    return ids[: len(query_lens)] if fits else None
-
-
-def _rows_v2(runner, common, query_lens: Sequence[int], scheduled: dict[str, int]) -> list[str] | None:
+    padding = [""] * len(query_lens)
     places = getattr(common, "req_idx", None)
-    if places is not None:  # from 0.30 on
-        return [runner.req_states.index_to_req_id.get(place, "") for place in places[: len(query_lens)].tolist()]
-    # Before, rows are the scheduler's requests, sorted by their new tokens: those with as many keep their order.
+    if places is not None:  # model runner V2, from 0.30 on
+        named = map(runner.req_states.index_to_req_id.get, places.tolist())
+        return [name or "" for name in itertools.islice(itertools.chain(named, padding), len(query_lens))]
+    ids = _sorted_by_tokens(query_lens, scheduled) if hasattr(runner, "req_states") else runner.input_batch.req_ids
+    # A step may be cut into micro-batches, or shared with other ranks: then its rows are not the scheduler's.
+    count = len(scheduled)
+    if list(map(scheduled.get, ids[:count])) != list(query_lens[:count]) or any(query_lens[count:]):
+        return None
+    return [*ids[:count], *padding[count:]]
+
+
+def _sorted_by_tokens(query_lens: Sequence[int], scheduled: dict[str, int]) -> list[str]:
+    """Rows of model runner V2 before 0.30: sorted by their new tokens, and those with as many as the scheduler has them."""
     of_length: dict[int, list[str]] = {}
     for name, length in scheduled.items():
         of_length.setdefault(length, []).append(name)

@@ -97,6 +97,12 @@ def current() -> Path | None:
     return Path(given) if given and Path(given).is_dir() else None
 
 
+def switched_off() -> bool:
+    """Whether the switch of the server that this process belongs to is off."""
+    given = os.environ.get(VARIABLE)
+    return bool(given) and os.path.exists(f"{given}/{OFF}")
+
+
 def figures_directory() -> Path | None:
     """Where this server's processes write their figures."""
     merged = os.environ.get(MERGED)

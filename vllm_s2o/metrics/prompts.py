@@ -84,7 +84,7 @@ class Prompts:
         """The prompt of each row; None where a row's request is not known."""
         step = self._step
         ids = compat.row_requests(step.runner, common, query_lens, step.scheduled) if step else None
-        return [None] * len(query_lens) if ids is None else [self._all.get(request_id) for request_id in ids]
+        return [None] * len(query_lens) if ids is None else list(map(self._all.get, ids))
 
     def kept_dense(self) -> str | None:
         """Why some request of the step is dense by decision: for those whose rows are not known."""

@@ -47,11 +47,10 @@ def show(server: place.Server, on: bool) -> None:
 
 def admit(vllm_config, engine_request) -> None:
     """Decide how a request that enters the engine is computed, and mark it."""
-    directory = place.current()
     mark = None
     if compat.wish(engine_request) == ASKED:
         mark = ASKED
-    elif directory is not None and (directory / place.OFF).exists():
+    elif place.switched_off():
         mark = SWITCHED_OFF
     problem = mark and compat.unseen_steps(vllm_config)
     if problem and mark == ASKED:
