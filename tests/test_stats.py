@@ -9,7 +9,8 @@ from vllm_s2o.stats import Laps, Prefill, Reporter, Step, Totals, prefills
 
 
 def step(query_lens=(100, 50), seq_lens=(300, 50), causal_pairs=(800, 200), num_layers=3, **fields) -> Step:
-    return Step(list(query_lens), list(seq_lens), list(causal_pairs), num_layers, tuple(range(len(query_lens))), **fields)
+    rows = tuple(range(len(query_lens)))
+    return Step(list(query_lens), list(seq_lens), list(causal_pairs), num_layers, rows, **fields)
 
 
 def finished(visited: int, causal: int = 1000, heads: int = 2, tokens: int = 100) -> tuple[Step, list[int]]:

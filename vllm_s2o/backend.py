@@ -147,8 +147,8 @@ class S2OMetadataBuilder(DENSE.get_builder_cls()):
             line = f"{self.num_sparse} of {len(self.s2o_layers)} attention layers take {path} for long prefills"
             say_once(line, logging.INFO if self.num_sparse else logging.WARNING)
             server = place.here()
-            if server is not None:
-                say_once(f"config hash {self.s2o.digest()}; off and on again: vllm-s2o switch off --server {server.pid}")
+            switch = f"; off and on again: vllm-s2o switch off --server {server.pid}" if server else ""
+            say_once(f"config hash {self.s2o.digest()}{switch}")
             if compat.tensor_parallel()[0] == 0:
                 recorder.start(self.s2o.digest(), self.s2o.source)
         for reason, names in dense.items():

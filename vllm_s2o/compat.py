@@ -148,7 +148,6 @@ def install_hooks(on_config: Callable[[Any], None]) -> None:
 
         platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
 
-
     validate = platform.validate_request
 
     def validate_request(cls, processed_inputs, params, *args, **kwargs) -> None:
@@ -494,7 +493,7 @@ def row_requests(runner, common, query_lens: Sequence[int], scheduled: dict[str,
 
 
 def _sorted_by_tokens(query_lens: Sequence[int], scheduled: dict[str, int]) -> list[str]:
-    """Rows of model runner V2 before 0.30: sorted by their new tokens, and those with as many as the scheduler has them."""
+    """Rows of model runner V2 before 0.30: by new tokens, and those with as many in the scheduler's order."""
     of_length: dict[int, list[str]] = {}
     for name, length in scheduled.items():
         of_length.setdefault(length, []).append(name)

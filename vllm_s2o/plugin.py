@@ -11,8 +11,9 @@ BATCH_INVARIANT = "the S2O backend does not support VLLM_BATCH_INVARIANT: unset 
 
 # A cache salt keeps the blocks of one config from those of another, in vLLM's cache and wherever its hashes are keys.
 MIXING = (
-    "s2o: %s may key what it stores by tokens alone, and then gives keys and values of one config, or of dense prompts, "
-    "to another: let only servers with this config use the store, and neither switch S2O off nor ask for dense prompts."
+    "s2o: %s may key what it stores by tokens alone, and then gives keys and values of one config, or of dense "
+    "prompts, to another: let only servers with this config use the store, and neither switch S2O off nor ask for "
+    "dense prompts."
 )
 
 

@@ -236,12 +236,11 @@ def test_rows_have_the_index_of_their_request_or_are_sorted_by_their_tokens(sour
     """Before 0.30 `compat.row_requests` sorts as model runner V2 does: by new tokens, and else as scheduled."""
     tree = sources.tree("vllm.v1.worker.gpu.model_runner")
     if release(version) >= (0, 30):
-        assert "req_idx=input_batch.idx_mapping_np" in ast.unparse(sources.tree("vllm.v1.worker.gpu.model_states.default"))
+        states = ast.unparse(sources.tree("vllm.v1.worker.gpu.model_states.default"))
+        assert "req_idx=input_batch.idx_mapping_np" in states
         return
-    (order,) = [
-        node for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "sorted" and "num_tokens_per_req" in ast.unparse(node)
-    ]  # fmt: skip
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "sorted"]
+    (order,) = [call for call in calls if "num_tokens_per_req" in ast.unparse(call)]
     assert [ast.unparse(argument) for argument in order.args] == ["num_tokens_per_req"]
     keys = {line for line in lines(tree) if line.startswith("key = lambda")} or {ast.unparse(order.keywords[0].value)}
     known = "key = lambda r: ((num := num_tokens_per_req[r]) != decode_query_len, num)"

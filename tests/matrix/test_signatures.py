@@ -36,7 +36,8 @@ METHODS = [
     ("install_hooks", name, platform)
     for name in ("check_and_update_config", "get_attn_backend_cls", "validate_request")
     for platform in ("vllm.platforms.interface.Platform", "vllm.platforms.cpu.CpuPlatform")
-] + [
+]
+METHODS += [
     ("follow_requests", "preprocess_add_request", "vllm.v1.engine.core.EngineCore"),
     ("watch_steps", "execute_model", "vllm.v1.worker.worker_base.WorkerWrapperBase"),
 ]

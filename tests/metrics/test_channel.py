@@ -6,10 +6,10 @@ import sys
 import threading
 
 import pytest
+from processes import ROOT
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
-from processes import ROOT
 
 from vllm_s2o.metrics import channel
 from vllm_s2o.metrics.channel import SIZE, Collector, Series, Writer, read, write_alone

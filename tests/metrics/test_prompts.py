@@ -215,6 +215,8 @@ def test_only_the_timed_layer_counts(prompts, monkeypatch):
 
 # -- whose a row is ---------------------------------------------------------------------------------------------------
 
+TWO = runner_v2({7: "a", 3: "b"})
+
 
 @pytest.mark.parametrize(
     ("runner", "common", "query_lens", "tokens", "expected"),
@@ -225,9 +227,9 @@ def test_only_the_timed_layer_counts(prompts, monkeypatch):
         pytest.param(runner_v1("b", "a"), Common(), [50], {"a": 50, "b": 1}, None, id="v1-a-micro-batch"),
         pytest.param(runner_v1("b", "a"), Common(), [1, 25, 25], {"a": 50, "b": 1}, None, id="v1-a-prompt-in-parts"),
         pytest.param(runner_v1("a", "b"), Common(), [1, 50], {"a": 50, "b": 1}, None, id="v1-another-order"),
-        pytest.param(runner_v2({7: "a", 3: "b"}), Common([3, 7]), [1, 50], {"a": 50, "b": 1}, ["b", "a"], id="v2"),
-        pytest.param(runner_v2({7: "a", 3: "b"}), Common([7, 3]), [50, 50], {"b": 50, "a": 50}, ["a", "b"], id="v2-tie"),
-        pytest.param(runner_v2({7: "a", 3: "b"}), Common([7]), [20], {"a": 50, "b": 1}, ["a"], id="v2-a-micro-batch"),
+        pytest.param(TWO, Common([3, 7]), [1, 50], {"a": 50, "b": 1}, ["b", "a"], id="v2"),
+        pytest.param(TWO, Common([7, 3]), [50, 50], {"b": 50, "a": 50}, ["a", "b"], id="v2-tie"),
+        pytest.param(TWO, Common([7]), [20], {"a": 50, "b": 1}, ["a"], id="v2-a-micro-batch"),
         pytest.param(runner_v2({7: "a"}), Common([7]), [50, 0], {"a": 50}, ["a", ""], id="v2-padded"),
         pytest.param(runner_v2({}), Common([7]), [50], {"a": 50}, [""], id="v2-gone"),
         pytest.param(

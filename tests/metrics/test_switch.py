@@ -253,9 +253,8 @@ def test_ray_is_warned_of(monkeypatch):
     config = configured()
     config.parallel_config.distributed_executor_backend = "ray"
     plugin.check(config)
-    assert [line for line in lines if "under Ray" in line] == [
-        "s2o: no switch, no dense requests, and figures without requests: under Ray the steps of an engine are not seen."
-    ]
+    (line,) = [line for line in lines if "under Ray" in line]
+    assert line.startswith("s2o: no switch, no dense requests, and figures without requests: ")
 
 
 def test_the_platform_refuses_a_wrong_wish(monkeypatch):

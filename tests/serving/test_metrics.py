@@ -376,7 +376,8 @@ def main():
     llm.generate(prompts[3:], answer)
     found = vllm_s2o.figures()
     tokens = {" ".join(kind): count for kind, count in found.tokens.items()}
-    print(json.dumps([off, found.on, tokens, found.causal, 0 < found.ranking_share < 1, sorted(found.prompts.values())]))
+    densities = sorted(found.prompts.values())
+    print(json.dumps([off, found.on, tokens, found.causal, 0 < found.ranking_share < 1, densities]))
 
 if __name__ == "__main__":
     main()

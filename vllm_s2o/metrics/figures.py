@@ -84,8 +84,8 @@ class Prompt:
         """For the log."""
         reason = f" ({self.kept_dense})" if self.kept_dense else ""
         return (
-            f"s2o: request {self.request_id[:LONGEST_ID]} prompt={self.length} cached={self.cached} sparse={self.tokens[SPARSE]} "
-            f"dense={self.tokens[DENSE]} density={self.density:.3f}{reason}"
+            f"s2o: request {self.request_id[:LONGEST_ID]} prompt={self.length} cached={self.cached} "
+            f"sparse={self.tokens[SPARSE]} dense={self.tokens[DENSE]} density={self.density:.3f}{reason}"
         )
 
 
