@@ -4,7 +4,7 @@ import contextlib
 import functools
 import importlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Literal, NamedTuple
@@ -179,11 +179,13 @@ def run(
     thresholds: torch.Tensor | None = None,
     workspace: Sequence[torch.Tensor] | None = None,
     implementation: Implementation = "auto",
+    lap: Callable[[], None] | None = None,
 ) -> torch.Tensor:
     """Attend the plan's rows, wave by wave, into `out`; other rows of `out` are left alone.
 
     Returns the visited pairs, [num_seqs, num_heads] int64. Nothing here waits for the device, and with `thresholds`
-    (one of `device_thresholds`) nothing is copied to it.
+    (one of `device_thresholds`) nothing is copied to it. `lap` is called before each wave, after its ranking, and after
+    its attention.
     """
     num_heads = query.shape[1]
     stage = stages(implementation, query.device)
@@ -192,6 +194,8 @@ def run(
     visited = torch.zeros(plan.plan.num_seqs, num_heads, dtype=torch.int64, device=query.device)
     for tables in plan.waves:
         wave = tables.wave
+        if lap is not None:
+            lap()
         slots = stage.rank_keys(
             query, key_cache, block_table, tables.segments, wave.num_slots, params.num_classes,
             max_history=wave.max_history, groups=tables.groups, workspace=workspace,
@@ -199,12 +203,16 @@ def run(
         order = None
         if params.query_order == "guide":
             order = stage.order_queries(query, key_cache, tables.segments, slots, params.segment_len)
+        if lap is not None:
+            lap()
         pairs = stage.attend(
             query, key_cache, value_cache, block_table, tables.segments, tables.tiles, slots, order, thresholds, out,
             scale=scale, key_block=params.key_block, stop_interval=params.stop_interval,
             stop_rule=params.stop_rule, tile_size=params.tile_size,
         )  # fmt: skip
         visited.index_add_(0, tables.tile_seqs, pairs.long())
+        if lap is not None:
+            lap()
     return visited
 
 
