@@ -196,15 +196,19 @@ class S2OMetadataBuilder(DENSE_BUILDER):
     def _plan(self, common, metadata) -> Work | None:
         # Most steps end here: what a step holds at most tells enough.
         if common.max_seq_len < self.s2o.min_seq_len:
-            return self._all_dense(self.s2o_short, SHORT)
+            self._all_dense(self.s2o_short, SHORT)
+            return None
         if common.max_query_len < self.s2o_min_query:
-            return self._all_dense(self.s2o_few, FEW)
+            self._all_dense(self.s2o_few, FEW)
+            return None
         lengths = compat.host_lengths(common)
         if lengths is None:
-            return self._all_dense("sequence lengths are not known on the host")
+            self._all_dense("sequence lengths are not known on the host")
+            return None
         reason = compat.step_problem(common, metadata)
         if reason is not None:
-            return self._all_dense(reason)
+            self._all_dense(reason)
+            return None
         query_lens, seq_lens = lengths
         owners = prompts.rows(common, query_lens)
         # A row that may be of a request that is dense by decision is dense.

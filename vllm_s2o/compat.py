@@ -394,8 +394,9 @@ def follow_requests(admit: Callable[[Any, Any], None], load: bool = False) -> No
             admit(self.vllm_config, request)
         return preprocess(self, request)
 
-    preprocess_add_request.s2o = True
-    EngineCore.preprocess_add_request = preprocess_add_request
+    hook: Any = preprocess_add_request
+    hook.s2o = True
+    EngineCore.preprocess_add_request = hook
 
 
 def wish(engine_request) -> Any:
@@ -457,8 +458,9 @@ def watch_steps(begin: Callable[[Any, Any], None], end: Callable[[], None]) -> N
         finally:
             end()
 
-    execute_model.s2o = True
-    WorkerWrapperBase.execute_model = execute_model
+    hook: Any = execute_model
+    hook.s2o = True
+    WorkerWrapperBase.execute_model = hook
 
 
 def mark_of(new_request) -> str | None:

@@ -5,6 +5,7 @@ import logging
 import os
 import threading
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,7 +112,7 @@ class Recorder:
             return self._writer
 
     @contextlib.contextmanager
-    def _kept(self):
+    def _kept(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 VARIABLE = "S2O_SERVER"
 """Names the directory to the server's processes. Not VLLM_..., which vLLM would warn of: it knows its own variables."""
@@ -84,7 +85,7 @@ def establish(model: str) -> Path:
     return directory
 
 
-def _leave(pid: int, directory: Path, lock) -> None:
+def _leave(pid: int, directory: Path, lock: TextIO) -> None:
     if os.getpid() == pid:
         shutil.rmtree(directory, ignore_errors=True)
         with contextlib.suppress(OSError):

@@ -52,13 +52,13 @@ class Prompts:
 
     # -- the engine's thread ------------------------------------------------------------------------------------------
 
-    def begin(self, scheduler_output, runner: Any) -> None:
+    def begin(self, scheduler_output: Any, runner: Any) -> None:
         for request_id in scheduler_output.finished_req_ids:
             self._all.pop(request_id, None)
             self._computing.pop(request_id, None)
         for new_request in scheduler_output.scheduled_new_reqs:
             name, computed = new_request.req_id, new_request.num_computed_tokens
-            kept_dense = switch.REASONS.get(compat.mark_of(new_request))
+            kept_dense = switch.REASONS.get(compat.mark_of(new_request) or "")
             prompt = Prompt(name, compat.prompt_length(new_request), computed, kept_dense, computed)
             self._all[name] = self._computing[name] = prompt
         cached = scheduler_output.scheduled_cached_reqs
@@ -80,7 +80,7 @@ class Prompts:
                         del self._computing[request_id]
         self._step = _Step(scheduler_output.num_scheduled_tokens, runner, prefill)
 
-    def rows(self, common, query_lens: Sequence[int]) -> list[Prompt | None]:
+    def rows(self, common: Any, query_lens: Sequence[int]) -> list[Prompt | None]:
         """The prompt of each row; None where a row's request is not known."""
         step = self._step
         ids = compat.row_requests(step.runner, common, query_lens, step.scheduled) if step else None
@@ -125,7 +125,8 @@ class Prompts:
         if step is None:
             return
         records = compat.counts_tokens()
-        unnamed, counts = step.unnamed, {}
+        unnamed = step.unnamed
+        counts: dict[tuple[str, str], int] = {}
         for prompt, tokens in step.prefill:
             if unnamed and prompt.request_id not in step.paths:  # which of them, nobody knows
                 sparse = min(unnamed, tokens)

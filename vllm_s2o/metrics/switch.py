@@ -45,7 +45,7 @@ def show(server: place.Server, on: bool) -> None:
     write_alone(server.figures, f"switch-{server.pid}", ENABLED, [({}, float(on))])
 
 
-def admit(vllm_config, engine_request) -> None:
+def admit(vllm_config: Any, engine_request: Any) -> None:
     """Decide how a request that enters the engine is computed, and mark it."""
     mark = None
     if compat.wish(engine_request) == ASKED:
@@ -61,7 +61,7 @@ def admit(vllm_config, engine_request) -> None:
         compat.mark(engine_request, None, f"s2o-{_digest(vllm_config)}")
 
 
-def _digest(vllm_config) -> str:
+def _digest(vllm_config: Any) -> str:
     from vllm_s2o.settings import resolve
 
     global _last
