@@ -162,7 +162,7 @@ def test_doctor_finds_what_a_server_would(environment, place):
         "num_layers": 30, "num_heads": 9, "num_kv_heads": 3, "head_size": 64,
     }  # fmt: skip
     assert document["config"]["source"] == "smollm2-135m-instruct.yaml"
-    assert document["sparse_layers"] == list(range(1, 30))
+    assert document["sparse_layers"] == list(range(30))
     assert sorted(place.rglob("*")) == before
 
 
@@ -194,7 +194,7 @@ def test_doctor_works_without_vllm(without_vllm, place):
     assert [(entry["name"], entry["value"]) for entry in problems] == [("vllm", "not installed")]
     assert problems[0]["advice"].startswith("install it: pip install 'vllm")
     assert finding(document, "entry point")["level"] == "ok"
-    assert document["sparse_layers"] == list(range(1, 30)), "config.json tells"
+    assert document["sparse_layers"] == list(range(30)), "config.json tells"
 
 
 def test_config_works_without_vllm(without_vllm, place):
