@@ -430,7 +430,6 @@ SALTED_CONNECTORS = {
     *("OffloadingConnector", "SimpleCPUOffloadConnector", "MooncakeStoreConnector", "LMCacheMPConnector"),
     # They hand a request's blocks to one other engine, and keep none.
     *("NixlConnector", "NixlPullConnector", "NixlPushConnector", "MooncakeConnector", "MoRIIOConnector"),
-    *("HiSparseConnector", "DecodeBenchConnector"),
 }
 """Connectors that never mix the blocks of two salts."""
 

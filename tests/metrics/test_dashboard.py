@@ -34,6 +34,13 @@ def test_every_figure_is_shown():
     assert [series.name for series in ALL if not asked & set(series.shown)] == []
 
 
+def test_readme_has_every_figure_with_its_labels():
+    text = (ROOT / "README.md").read_text()
+    told = re.findall(r"`(vllm_s2o_\w+)(?:\{([^}]*)\})?`", text.partition("\n## Metrics\n")[2])
+    known = {series.name if series.kind == "histogram" else series.shown[0]: series.labels for series in ALL}
+    assert {name: tuple(labels.split(", ")) if labels else () for name, labels in told} == known
+
+
 def test_legends_name_labels():
     for panel in DASHBOARD["panels"]:
         for target in panel["targets"]:

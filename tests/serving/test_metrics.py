@@ -3,6 +3,7 @@
 The model is small and its weights are random: what is visited is a fixed share, and nothing is asked of the answers.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -22,12 +23,13 @@ from serving import S2O, Server, VllmServe, write_small_model
 
 from vllm_s2o.config import load_config
 from vllm_s2o.metrics import place
+from vllm_s2o.metrics.switch import set_switch
 from vllm_s2o.model import read
 from vllm_s2o.quality.needles import needle
 from vllm_s2o.settings import traits_of
 from vllm_s2o.stats import prefills
 
-pytestmark = pytest.mark.serving
+pytestmark = [pytest.mark.serving, pytest.mark.timeout(1800)]
 
 CONFIG = {"min_seq_len": 256, "min_query_len": 32, "segment_len": 64, "tile_size": 32, "key_block": 16, "budget": 0.25}
 CHUNK = 512
@@ -100,13 +102,21 @@ class Told:
         )  # fmt: skip
         return answer.usage, before, self.figures()
 
-    def switch(self, state: str) -> None:
-        """By the command, in a process of its own."""
+    def command(self, state: str) -> None:
+        """In a process of its own."""
         command = [sys.executable, "-P", "-m", "vllm_s2o.cli", "switch", state, "--server", str(self.place.pid)]
         environment = without(*CHANGED) | {"PYTHONPATH": str(ROOT)}
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=START_SECONDS)
         assert (ended.returncode, ended.stderr) == (0, "")
         assert ended.stdout == f"server {self.place.pid} ({self.place.model}): S2O is {state} for new prompts\n"
+
+    @contextlib.contextmanager
+    def off(self):
+        set_switch(False, self.place)
+        try:
+            yield
+        finally:
+            set_switch(True, self.place)
 
 
 def grown(before: SimpleNamespace, after: SimpleNamespace) -> dict[tuple[str, str], int]:
@@ -199,7 +209,7 @@ def test_the_config(told, small):
 
 def test_off_and_on_again(told):
     assert told.figures().on == 1
-    told.switch("off")
+    told.command("off")
     try:
         usage, before, after = told.ask(told.text(), name="while-off")
         assert after.on == 0
@@ -209,7 +219,7 @@ def test_off_and_on_again(told):
         assert (prompt.value, prompt.labels["reason"]) == (1.0, "switched off")
         assert re.search(r"request chatcmpl-while-off-\S+ .* density=1.000 \(switched off\)", told.server.log)
     finally:
-        told.switch("on")
+        told.command("on")
     usage, before, after = told.ask(told.text())
     assert (after.on, grown(before, after)) == (1, {SPARSE: usage.prompt_tokens})
 
@@ -224,18 +234,14 @@ def test_a_prompt_that_is_being_computed_keeps_its_path(told):
     deadline = time.monotonic() + 120
     while told.figures().tokens[SPARSE] < before.tokens[SPARSE] + CHUNK and time.monotonic() < deadline:
         time.sleep(0.02)
-    (told.place.directory / place.OFF).touch()  # at once, without the command's imports
-    between = told.figures()
-    told.switch("off")
-    asked.join()
-    try:
-        usage, _, after = answers[0]
+    with told.off():
+        between = told.figures()
+        asked.join()
+        usage, _, _ = answers[0]
         assert between.tokens[SPARSE] - before.tokens[SPARSE] < usage.prompt_tokens, "it was over too soon"
         assert grown(before, told.figures()) == {SPARSE: usage.prompt_tokens}
         usage, before, after = told.ask(told.text())
         assert grown(before, after) == {OFF: usage.prompt_tokens}
-    finally:
-        told.switch("on")
 
 
 def test_a_request_asks_for_dense_attention(told):
@@ -253,13 +259,10 @@ def test_a_request_asks_for_dense_attention(told):
 
 def test_what_was_computed_while_s2o_was_off_is_not_used_by_sparse_prompts(told):
     text = told.text()
-    told.switch("off")
-    try:
+    with told.off():
         told.ask(text)
         usage, _, _ = told.ask(text)
         assert usage.prompt_tokens_details.cached_tokens > 0
-    finally:
-        told.switch("on")
     usage, before, after = told.ask(text)
     assert not usage.prompt_tokens_details.cached_tokens
     assert grown(before, after) == {SPARSE: usage.prompt_tokens}
@@ -333,11 +336,10 @@ def test_several_api_servers_tell_the_same(several):
 
 def test_several_api_servers_have_one_switch(several):
     told, _ = several
-    told.switch("off")
-    for _ in range(3):
-        usage, before, after = told.ask(told.text())
-        assert (after.on, grown(before, after)) == (0, {OFF: usage.prompt_tokens})
-    told.switch("on")
+    with told.off():
+        for _ in range(3):
+            usage, before, after = told.ask(told.text())
+            assert (after.on, grown(before, after)) == (0, {OFF: usage.prompt_tokens})
     usage, before, after = told.ask(told.text())
     assert (after.on, grown(before, after)) == (1, {SPARSE: usage.prompt_tokens})
 

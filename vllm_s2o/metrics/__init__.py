@@ -1,10 +1,13 @@
 """What S2O did: figures for Prometheus and for programs, and a switch.
 
-place      the directory in which a server's processes meet
-channel    files that one process writes and another one reads
-figures    which figures there are
-prompts    which requests a step computes
-switch     sparse or dense, for each request
+    place      the directory in which a server's processes meet
+    channel    files that one process writes and another one reads
+    figures    which figures there are
+    prompts    which requests a step computes
+    switch     sparse or dense, for each request
+
+One process of a server reads the configuration, others compute, one or several are asked: none counts on being
+another one.
 """
 
 import contextlib

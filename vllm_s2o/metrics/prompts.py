@@ -1,9 +1,11 @@
 """Which requests a step computes: what the scheduler says of them, put beside what their attention took.
 
-begin (before a step)      new requests, with the decision that they carry; what each has to compute
-note (metadata builder)    the path of each row, or of the step
-told (any thread)          figures of a step, once they are on the host
-end (after a step)         tokens by path; prompts whose prefill is complete
+    begin (before a step)      new requests, with the decision that they carry; what each has to compute
+    note (metadata builder)    the path of each row, or of the step
+    told (any thread)          figures of a step, once they are on the host
+    end (after a step)         tokens by path; prompts whose prefill is complete
+
+Decisions are those that requests carry: nothing is decided here.
 """
 
 import logging
