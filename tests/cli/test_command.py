@@ -41,6 +41,7 @@ def helped(path: tuple[str, ...]) -> str:
 PATHS = paths(cli)
 EXAMPLES = {line for path in PATHS for line in examples(helped(path))}
 README = {line for line in examples((ROOT / "README.md").read_text())}
+DOCS = {line for page in (ROOT / "docs").glob("*.md") for line in examples(page.read_text())}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_help_of_the_script_has_an_example(script, path):
     assert example.startswith(" ".join(["vllm-s2o", *path]))
 
 
-@pytest.mark.parametrize("line", sorted(EXAMPLES | README))
+@pytest.mark.parametrize("line", sorted(EXAMPLES | README | DOCS))
 def test_examples_work(script, line):
     """As they stand, where a checkout's user would type them."""
     ended = script(line)
