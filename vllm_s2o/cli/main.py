@@ -17,6 +17,7 @@ from vllm_s2o.cli.calibrate import calibrate
 from vllm_s2o.cli.config_commands import config
 from vllm_s2o.cli.doctor import doctor
 from vllm_s2o.cli.evaluate import evaluate
+from vllm_s2o.cli.report import report
 from vllm_s2o.config import ConfigError
 from vllm_s2o.version import __version__
 
@@ -41,6 +42,7 @@ cli.add_command(calibrate)
 cli.add_command(config)
 cli.add_command(doctor)
 cli.add_command(evaluate)
+cli.add_command(report)
 
 
 def main() -> None:
