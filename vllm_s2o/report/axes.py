@@ -4,6 +4,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+LEAST = 1e-9
+"""An error of 0 has no place on a logarithmic axis."""
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -37,24 +40,32 @@ def tokens(count: float) -> str:
     return f"{count / 1024:.3g}K" if count >= 1024 else f"{count:g}"
 
 
-def decades(title: str, values: Iterable[float], least: float = 1e-9, steps: tuple[int, ...] = (1,)) -> Axis:
-    """Logarithmic, named at powers of ten, or at `steps` times them where the values span few."""
-    known = sorted(max(value, least) for value in values)
-    first, last = math.floor(math.log10(known[0])), math.ceil(math.log10(known[-1]))
-    last = max(last, first + 1)
-    steps = steps if last - first <= 3 else (1,)
+def decades(title: str, values: Iterable[float], unit: str = "") -> Axis:
+    """Logarithmic, from 1, 2 or 5 times a power of ten to another; at least a decade."""
+    known = sorted(max(value, LEAST) for value in values)
+    low = max(mark for mark in _marks(known[0]) if mark <= known[0] * 1.0001)
+    high = min(mark for mark in _marks(known[-1]) if mark >= max(known[-1] * 0.9999, 10 * low))
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    steps = (1, 2, 5) if math.log10(high / low) < 2.1 else (1,)
     every = max(1, (last - first) // 6)
     marks = [step * 10.0**power for power in range(first, last + 1, every) for step in steps]
-    marks = [mark for mark in marks if mark <= 10.0**last]
-    return Axis(title, 10.0**first, 10.0**last, tuple((mark, number(mark)) for mark in marks), log=True)
+    name = duration if unit == "ms" else number
+    inside = [mark for mark in marks if low * 0.999 <= mark <= high * 1.001]
+    return Axis(title, low, high, tuple((mark, name(mark)) for mark in inside), log=True)
+
+
+def _marks(value: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten around a value."""
+    power = math.floor(math.log10(value))
+    return [step * 10.0**exponent for exponent in range(power - 1, power + 3) for step in (1, 2, 5)]
 
 
 def shares(title: str, values: Iterable[float]) -> Axis:
-    """From nothing to the next tenth above the largest of some shares."""
-    top = min(1.0, max(2, math.ceil(max(values) * 10 - 1e-9)) / 10)
+    """From nothing to the next tick above the largest of some shares."""
+    top = min(1.0, max(values))
     step = 0.1 if top <= 0.5 else 0.2
-    marks = [index * step for index in range(int(top / step + 1e-9) + 1)]
-    return Axis(title, 0.0, top, tuple((mark, f"{mark:.0%}") for mark in marks))
+    count = max(2, math.ceil(top / step - 1e-9))
+    return Axis(title, 0.0, count * step, tuple((index * step, f"{index * step:.0%}") for index in range(count + 1)))
 
 
 def points(title: str) -> Axis:
@@ -64,4 +75,9 @@ def points(title: str) -> Axis:
 
 def number(value: float) -> str:
     """As short as it can be read."""
-    return f"{value:,.10g}" if 1e-3 <= value < 1e6 else f"1e{round(math.log10(value))}"
+    return f"{value:,.10g}" if 1e-3 <= value < 1e6 else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def duration(milliseconds: float) -> str:
+    """To three digits."""
+    return f"{milliseconds / 1000:.3g} s" if milliseconds >= 1000 else f"{milliseconds:.3g} ms"

@@ -2,13 +2,13 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .axes import Axis
 from .markup import Markup, el, joined
 
 WIDTH, HEIGHT = 480, 330
-LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 50
+LEFT, RIGHT, TOP, BOTTOM = 70, 16, 12, 50
 """Margins: for the names of ticks and the axes' titles."""
 
 TEXT = 14
@@ -33,18 +33,19 @@ class Series:
     name: str
     points: Sequence[Point]
     look: int = 0
-    """Which of the style's colours, and which mark."""
+    """Which of the style's colours, and which mark, if `mark` names no other."""
+    mark: int | None = None
     line: bool = True
     dashed: bool = False
     """A line that is no measurement, or one of another kind."""
-    marks: bool = field(default=True)
+    marks: bool = True
 
 
-def marker(look: int, x: float, y: float, says: str = "") -> Markup:
+def marker(one: Series, x: float, y: float, says: str = "") -> Markup:
     """A mark whose shape tells its series apart, for those who cannot tell its colour."""
     title = el("title", says) if says else None
-    r, kind = 4.5, look % 6
-    attributes = {"class_": f"m c{look}"}
+    r, kind = 4.5, (one.look if one.mark is None else one.mark) % 6
+    attributes = {"class_": f"m c{one.look}"}
     if kind == 0:
         return el("circle", title, cx=x, cy=y, r=r, **attributes)
     if kind == 1:
@@ -57,7 +58,7 @@ def marker(look: int, x: float, y: float, says: str = "") -> Markup:
     if kind in corners:
         return el("polygon", title, points=" ".join(f"{x + a:.1f},{y + b:.1f}" for a, b in corners[kind]), **attributes)
     d = f"M{x - r:.1f} {y - r:.1f}l{2 * r} {2 * r}M{x - r:.1f} {y + r:.1f}l{2 * r} {-2 * r}"
-    return el("path", title, d=d, **attributes | {"class_": f"m x c{look}"})
+    return el("path", title, d=d, **attributes | {"class_": f"m x c{one.look}"})
 
 
 def legend(series: Sequence[Series]) -> Markup:
@@ -65,7 +66,7 @@ def legend(series: Sequence[Series]) -> Markup:
     keys = []
     for one in series:
         line = _path([(1.0, 8.0), (25.0, 8.0)], one) if one.line else None
-        mark = marker(one.look, 13.0, 8.0) if one.marks else None
+        mark = marker(one, 13.0, 8.0) if one.marks else None
         keys.append(el("li", el("svg", line, mark, viewBox="0 0 26 16", aria_hidden="true"), " ", one.name))
     return el("ul", *keys, class_="legend")
 
@@ -83,12 +84,12 @@ def chart(title: str, says: str, x: Axis, y: Axis, series: Sequence[Series], not
     ]
     lines = [_path([(left, top) for other, _, left, top in places if other is one], one) for one in series if one.line]
     marks = [
-        marker(one.look, left, top, point.says or f"{one.name}: {point.label}")
+        marker(one, left, top, point.says or f"{one.name}: {point.label}")
         for one, point, left, top in places
         if one.marks
     ]
     drawing = el(
-        "svg", el("title", title), el("desc", says), *_frame(x, y), *lines, *marks, *_labels(places),
+        "svg", el("title", title), el("desc", says), *_frame(x, y), *lines, *marks, _labels(places),
         viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=f"{title}. {says}",
     )  # fmt: skip
     caption = el("figcaption", el("b", title), el("span", note) if note else None)
@@ -129,12 +130,12 @@ def _labels(places: Sequence[tuple[Series, Point, float, float]]) -> Markup:
     for one, point, left, top in places:
         width = DIGIT * len(point.label)
         sides = (
-            ("start", left + 8, top + 5), ("end", left - 8, top + 5),
+            ("start", left + 9, top + 5), ("end", left - 9, top + 5),
             ("middle", left, top - 9), ("middle", left, top + 19),
         )  # fmt: skip
         for anchor, x, y in sides if point.label else ():
             start = x - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
-            box = (start, y - TEXT + 2, start + width, y + 2)
+            box = (start - 2, y - TEXT + 2, start + width + 2, y + 2)
             inside = box[0] > LEFT and box[2] < WIDTH and box[1] > TOP - 10 and box[3] < HEIGHT - BOTTOM
             if inside and not any(map(_overlap, itertools.repeat(box), taken)):
                 taken.append(box)

@@ -45,10 +45,16 @@ def _text(value: Any) -> str:
 def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Markup:
     """A table that scrolls sideways where the page is narrow; the first column names its rows."""
     head = el("tr", *(el("th", column, scope="col") for column in columns))
-    body = [el("tr", el("th", row[0], scope="row"), *(el("td", cell) for cell in row[1:])) for row in rows]
+    body = [el("tr", el("th", row[0], scope="row"), *map(_cell, row[1:])) for row in rows]
     whole = el("table", el("caption", caption), el("thead", head), el("tbody", *body))
     # A part that scrolls must be reachable by keyboard, and then have a name.
     return el("div", whole, class_="scroll", role="region", aria_label=caption, tabindex=0)
+
+
+def _cell(value: Any) -> Markup:
+    """Numbers stand below each other by their ends, words by their beginnings."""
+    text = _text(value)
+    return el("td", text, class_=None if text[:1] in "+-0123456789" else "words")
 
 
 def folded(title: str, *children: Any) -> Markup:

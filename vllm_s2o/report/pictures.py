@@ -22,7 +22,7 @@ def after(maps: Maps, whose: str) -> Markup:
     by = "query's position" if maps.by_position else "queries as they are tiled"
     return _map(
         maps, maps.after, whose, "After permutation, with the stop line",
-        "A segment's own keys first (left of the dashed line, always visited), then its history, most important first.",
+        "Own segment first, to the dashed line; then the history, most important keys first.",
         ("keys in the order of their visits", by), _lines(maps),
     )  # fmt: skip
 

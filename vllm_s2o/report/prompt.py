@@ -64,7 +64,7 @@ def _facts(prompt: Prompt) -> Markup:
             ("prompt", f"{prompt.num_tokens:,} tokens of {prompt.text}{longer}"),
             ("density", f"{percent(prompt.density)} of all causal pairs, mean over {len(prompt.layers)} layers"),
             ("error", f"{error(sum(errors) / len(errors))}, mean over {sparse} sparse layers"),
-            ("config", joined(el("div", line) for line in config.describe())),
+            ("config", joined(el("div", line.removeprefix("config ")) for line in config.describe())),
         )
     )
 

@@ -6,7 +6,8 @@ from . import axes
 from .chart import Point, Series, chart
 from .markup import Markup, el, folded, joined, table
 from .results import Row
-from .words import LOOKS, error, name_of, percent
+from .style import LOOKS
+from .words import LOOK_OF, error, name_of, percent
 
 # -- frontier ---------------------------------------------------------------------------------------------------------
 
@@ -41,12 +42,13 @@ def _frontier(rows: Sequence[Row], note: str) -> Markup:
             )
             for row in mine
         ]  # fmt: skip
-        series.append(Series(method, points, number % 10, dashed=not method.startswith("s2o")))
+        look = number % LOOKS  # of many methods some share a colour, but then not a mark
+        series.append(Series(method, points, look, number, dashed=not method.startswith("s2o")))
     return chart(
         "Error against density", "Relative error by density, a line for each method.",
         axes.shares("density: visited / causal pairs", [row["density"] for row in rows]),
         axes.decades("relative error", [row["rel_error"] for row in rows]), series,
-        f"{note}; S2O and its variants in full lines. Lower and further left is better.",
+        f"{note}; full lines: S2O. Lower left is better.",
     )  # fmt: skip
 
 
@@ -68,7 +70,7 @@ def tasks(rows: Sequence[Row]) -> Markup:
                 for row in mean
                 if row["backend"] == backend
             ]  # fmt: skip
-            series.append(Series(name_of(backend), points, LOOKS.get(backend, 2 + number)))
+            series.append(Series(name_of(backend), points, LOOK_OF.get(backend, 2 + number)))
         lengths = axes.lengths("prompt length, tokens", [int(row["length"]) for row in mean])
         figure = chart(
             "Average score against length", "Points by prompt length, mean over tasks, a line for each backend.",

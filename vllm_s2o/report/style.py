@@ -47,7 +47,7 @@ h2 {{ font-size: 1.3rem; margin: 2.5rem 0 .5rem; padding-top: 1rem; border-top: 
 h3 {{ font-size: 1.05rem; margin: 2rem 0 .25rem }}
 p, dl {{ max-width: 75ch }}
 .soft, figcaption span, footer {{ color: var(--soft) }}
-dl div {{ display: grid; grid-template-columns: minmax(6.5rem, 10rem) 1fr; gap: 0 .75rem }}
+dl > div {{ display: grid; grid-template-columns: minmax(6.5rem, 10rem) 1fr; gap: 0 .75rem }}
 dt {{ color: var(--soft) }} dd {{ margin: 0 }}
 .charts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem 2rem;
   align-items: start }}
@@ -55,6 +55,7 @@ figure {{ margin: .5rem 0; max-width: 40rem; min-width: 0 }}
 figcaption b {{ display: block }} figcaption span {{ font-size: .9rem; display: block }}
 figure > svg {{ display: block; width: 100%; height: auto }}
 svg text {{ font: 14px system-ui, sans-serif; fill: var(--soft) }}
+svg .label {{ stroke: var(--paper); stroke-width: 4; paint-order: stroke; stroke-linejoin: round }}
 svg .title {{ fill: var(--ink) }}
 svg .grid {{ stroke: var(--faint); fill: none }} svg .axis {{ stroke: var(--soft); fill: none }}
 svg .l {{ fill: none; stroke-width: 2 }} svg .dashed {{ stroke-dasharray: 6 4 }}
@@ -75,7 +76,8 @@ svg .own {{ fill: none; stroke: var(--soft); stroke-dasharray: 3 3 }}
 table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }}
 caption {{ text-align: left; color: var(--soft); padding-bottom: .25rem }}
 th, td {{ padding: .2rem .7rem .2rem 0; text-align: right; border-bottom: 1px solid var(--faint); white-space: nowrap }}
-th {{ font-weight: 600 }} th:first-child {{ text-align: left }} td:last-child, th:last-child {{ padding-right: 0 }}
+th {{ font-weight: 600 }} th:first-child, td.words {{ text-align: left }}
+td:last-child, th:last-child {{ padding-right: 0 }}
 details {{ margin: .5rem 0 }} summary {{ cursor: pointer }}
 :focus-visible {{ outline: 2px solid var(--line); outline-offset: 2px }}
 code {{ font: .92em ui-monospace, monospace }}

@@ -9,7 +9,7 @@ NAMES = {
     "flashprefill": "FlashPrefill", "flashprefill2": "FlashPrefill V2", "flexprefill": "FlexPrefill",
     "flash_attn": "dense (FLASH_ATTN)",
 }  # fmt: skip
-LOOKS = {
+LOOK_OF = {
     "s2o": 0, "fa3_paged": 1, "flash_attn": 1, "dense": 1, "fa2": 2, "pbs": 3, "flashprefill": 4, "flexprefill": 5,
     "flashprefill2": 6, "fa3": 7,
 }  # fmt: skip
@@ -27,7 +27,7 @@ def name_of(provider: str) -> str:
 
 
 def look_of(provider: str) -> int:
-    return 0 if provider.startswith("s2o") else LOOKS.get(provider, 8)
+    return 0 if provider.startswith("s2o") else LOOK_OF.get(provider, 8)
 
 
 def noted(row: Row) -> str:
@@ -47,8 +47,6 @@ def error(value: float | None) -> str:
 
 
 def figure(value: float | None) -> str:
-    return "" if value is None else f"{value:,.1f}" if value >= 100 else f"{value:.3g}"
-
-
-def duration(milliseconds: float) -> str:
-    return f"{milliseconds / 1000:.3g} s" if milliseconds >= 1000 else f"{milliseconds:.3g} ms"
+    if value is None:
+        return ""
+    return f"{value:,.{0 if value >= 1000 else 1 if value >= 10 else 2}f}"
