@@ -8,7 +8,7 @@ from .axes import Axis
 from .markup import Markup, el, joined
 
 WIDTH, HEIGHT = 480, 330
-LEFT, RIGHT, TOP, BOTTOM = 70, 16, 12, 50
+LEFT, RIGHT, TOP, BOTTOM = 78, 16, 12, 50
 """Margins: for the names of ticks and the axes' titles."""
 
 TEXT = 14
@@ -111,11 +111,11 @@ def _frame(x: Axis, y: Axis) -> Iterator[Markup]:
     for value, name in x.ticks:
         left = LEFT + x.share(value) * (right - LEFT)
         yield el("path", d=f"M{left:.1f} {TOP}V{bottom}", class_="grid")
-        yield el("text", name, x=left, y=bottom + TEXT + 4, text_anchor="middle")
+        yield el("text", name, x=left, y=bottom + TEXT + 4, text_anchor="middle", class_="tick")
     for value, name in y.ticks:
         top = TOP + (1 - y.share(value)) * _inner()
         yield el("path", d=f"M{LEFT} {top:.1f}H{right}", class_="grid")
-        yield el("text", name, x=LEFT - 6, y=top + TEXT / 3, text_anchor="end")
+        yield el("text", name, x=LEFT - 6, y=top + TEXT / 3, text_anchor="end", class_="tick")
     yield el("path", d=f"M{LEFT} {TOP}V{bottom}H{right}", class_="axis")
     yield el("text", x.title, x=(LEFT + right) / 2, y=HEIGHT - 8, text_anchor="middle", class_="title")
     middle = TOP + _inner() / 2

@@ -55,11 +55,11 @@ def _frame(maps: Maps, x_title: str, y_title: str) -> Markup:
     for value in range(0, maps.extent + 1, step):
         x = LEFT + SIDE * value / maps.extent
         drawn.append(el("path", d=f"M{x:.1f} {bottom}v5", class_="axis"))
-        drawn.append(el("text", axes.tokens(value), x=x, y=bottom + 19, text_anchor="middle"))
+        drawn.append(el("text", axes.tokens(value), x=x, y=bottom + 19, text_anchor="middle", class_="tick"))
     for value in range(0, maps.num_tokens + 1, step):
         y = TOP + SIDE * value / maps.num_tokens
         drawn.append(el("path", d=f"M{LEFT} {y:.1f}h-5", class_="axis"))
-        drawn.append(el("text", axes.tokens(value), x=LEFT - 8, y=y + 5, text_anchor="end"))
+        drawn.append(el("text", axes.tokens(value), x=LEFT - 8, y=y + 5, text_anchor="end", class_="tick"))
     middle = TOP + SIDE / 2
     drawn.append(el("text", x_title, x=LEFT + SIDE / 2, y=bottom + 44, text_anchor="middle", class_="title"))
     turned = {"x": 14, "y": middle, "transform": f"rotate(-90 14 {middle:.0f})"}

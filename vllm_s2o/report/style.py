@@ -53,7 +53,7 @@ dt {{ color: var(--soft) }} dd {{ margin: 0 }}
   align-items: start }}
 figure {{ margin: .5rem 0; max-width: 40rem; min-width: 0 }}
 figcaption b {{ display: block }} figcaption span {{ font-size: .9rem; display: block }}
-figure > svg {{ display: block; width: 100%; height: auto }}
+figure > svg {{ display: block; width: 100%; height: auto; overflow: visible }}
 svg text {{ font: 14px system-ui, sans-serif; fill: var(--soft) }}
 svg .label {{ stroke: var(--paper); stroke-width: 4; paint-order: stroke; stroke-linejoin: round }}
 svg .title {{ fill: var(--ink) }}
@@ -76,10 +76,12 @@ svg .own {{ fill: none; stroke: var(--soft); stroke-dasharray: 3 3 }}
 table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }}
 caption {{ text-align: left; color: var(--soft); padding-bottom: .25rem }}
 th, td {{ padding: .2rem .7rem .2rem 0; text-align: right; border-bottom: 1px solid var(--faint); white-space: nowrap }}
-th {{ font-weight: 600 }} th:first-child, td.words {{ text-align: left }}
+th {{ font-weight: 600 }} tbody th {{ white-space: normal; min-width: 8rem }}
+th:first-child, td.words {{ text-align: left }}
 td:last-child, th:last-child {{ padding-right: 0 }}
 details {{ margin: .5rem 0 }} summary {{ cursor: pointer }}
 :focus-visible {{ outline: 2px solid var(--line); outline-offset: 2px }}
 code {{ font: .92em ui-monospace, monospace }}
+@media (max-width: 30rem) {{ svg .tick, svg .title {{ font-size: 17px }} }}
 @media print {{ body {{ max-width: none }} details:not([open]) {{ display: none }} }}
 """
