@@ -42,7 +42,7 @@ export PYTHONSAFEPATH = 1
 SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .ONESHELL:
-.PHONY: help serve serve-command check test test-fast test-matrix test-peers bench bench-attention bench-serving frontier tasks \
+.PHONY: help serve serve-command check test test-fast test-matrix test-peers bench bench-attention bench-serving quality frontier tasks \
 	needs-gpu install discard clean
 
 help: ## list what there is to make
@@ -97,12 +97,17 @@ bench-serving: needs-gpu $(SMOLLM2)/prepared.txt ## whole servers and engines, S
 	.venv/bin/python benchmarks/serving.py ttft $(BENCHED) --add
 	.venv/bin/python benchmarks/serving.py throughput $(BENCHED) --prompts 8 --add
 
-# A model's own attention on real text; it needs no GPU. Stopped and started again, it goes on where it was. All layers
-# and texts of the default model take hours on 2 cores: ARGS="--layers 1 9 17 25 --texts code" is a first look.
+# What was measured lies in *.parts.jsonl beside the tables: work that was cut off goes on from there. Remove them to
+# begin anew.
+quality: frontier tasks ## both of the next two: about 40 minutes on 2 cores
+
+# A model's own attention on real text; it needs no GPU. On a CPU one tile of eight is looked at, the same by all methods.
+EVERY = $(if $(GPU),,--every 8)
+
 frontier: $(INSTALLED) $(if $(OURS),$(SMOLLM2)/prepared.txt) ## error against density, S2O and others: MODEL=, ARGS=
 	@.venv/bin/pip install --quiet --disable-pip-version-check --editable ".[bench]"
 	OMP_WAIT_POLICY=PASSIVE .venv/bin/python -P -m vllm_s2o.quality.frontier $(MODEL) --out benchmarks/results/frontier.csv \
-		--plot benchmarks/results/frontier.png $(ARGS)
+		--plot benchmarks/results/frontier.png $(EVERY) $(ARGS)
 
 # RULER's tasks, each with S2O and without. On a GPU 100 samples of each, at which even equal scores are certain to 2
 # points only, and with YaRN beyond the model's context. On 2 cores, with which a prompt of 8K takes 45 s, one of each:

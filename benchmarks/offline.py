@@ -2,13 +2,8 @@
 length and provider is an engine's start of its own."""
 
 import argparse
-import contextlib
 import itertools
-import json
-import os
-import signal
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +13,7 @@ from latency import OUTPUT_TOKENS
 from record import Record
 from servers import CPU, PROVIDERS, compiled_while_serving, density, model_and_args, our_lines, room, step_tokens
 
-from vllm_s2o.cli.server import bench_command, environment
-
-SECONDS = 580
-"""After which a run is given up, its engine's start included."""
+from vllm_s2o.cli.vllm_bench import BenchError, at_once, bench_engine
 
 
 class Tool(NamedTuple):
@@ -36,10 +28,7 @@ class Tool(NamedTuple):
 
 
 def _at_once(options: argparse.Namespace, tokens: int) -> list[str]:
-    # --input-len and --output-len would be passed over: these have defaults, which win.
-    lengths = ["--random-input-len", str(tokens), "--random-output-len", str(OUTPUT_TOKENS)]
-    asked = ["--num-prompts", str(options.prompts), "--num-warmups", "1"]
-    return ["--dataset-name", "random", "--seed", "1", *lengths, *asked]
+    return at_once(tokens, OUTPUT_TOKENS, options.prompts)
 
 
 def _at_once_figures(result: dict[str, Any], _: int) -> list[dict[str, Any]]:
@@ -78,34 +67,14 @@ TOOLS = {
 
 def bench(tool: Tool, options: argparse.Namespace, model: str, tokens: int, args: list[str], log: Path) -> list[dict]:
     """Figures of one run, and what the engine's log says of all of it."""
-    result = log.with_suffix(".json")
-    result.unlink(missing_ok=True)
-    command = [*bench_command(tool.name), "--model", model, *tool.arguments(options, tokens)]
-    status = run([*command, "--output-json", str(result), *args], log)
+    try:
+        result = bench_engine(tool.name, model, [*tool.arguments(options, tokens), *args], log, CPU)
+    except BenchError as error:
+        sys.exit(f"serving.py: {error}")
     said = log.read_text(errors="replace")
-    if status or not result.exists():
-        end = "\n".join(said.splitlines()[-40:])
-        sys.exit(f"serving.py: vllm bench {tool.name} ended with {status}; the end of its output:\n{end}")
     # The warm-up's prompt counts too: it is one of the same length.
     told = {"density": density(said), "compiled_while_serving": compiled_while_serving(said)}
-    return [{**figures, **told} for figures in tool.figures(json.loads(result.read_text()), tokens)]
-
-
-def run(command: list[str], log: Path) -> int | str:
-    """The exit status, or why there is none. In a group of its own: whatever ends this program, no engine is left to
-    hold the GPU's memory."""
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment(CPU), start_new_session=True
-        )
-    try:
-        return process.wait(SECONDS)
-    except subprocess.TimeoutExpired:
-        return f"no result after {SECONDS} s"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    return [{**figures, **told} for figures in tool.figures(result, tokens)]
 
 
 def offline(options: argparse.Namespace, record: Record, logs: Path) -> None:

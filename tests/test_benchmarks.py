@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -11,9 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from bench_modules import latency, main, needles, offline, record, servers
+from bench_modules import latency, main, needles, record, servers
 from processes import ROOT
 
+from vllm_s2o.cli import vllm_bench
 from vllm_s2o.config import ModelTraits, load_config
 from vllm_s2o.quality.needles import Needle
 
@@ -96,9 +98,9 @@ class Bench:
         monkeypatch.setattr(record, "describe", lambda: dict(self.environment))
         monkeypatch.setattr(latency, "serve", self.serve)
         tools = SimpleNamespace(run=self.bench_serve, TimeoutExpired=subprocess.TimeoutExpired)
-        monkeypatch.setattr(latency, "subprocess", tools)
-        monkeypatch.setattr(latency, "LOG_INTERVAL", 0)
-        monkeypatch.setattr(offline, "run", self.bench_offline)
+        monkeypatch.setattr(vllm_bench, "subprocess", tools)
+        monkeypatch.setattr(vllm_bench, "LOG_INTERVAL", 0)
+        monkeypatch.setattr(vllm_bench, "run_to_end", self.bench_offline)
 
     log, port, name, env = CHUNKS, 1, "model", {}  # of the server
     visited = causal = 0
@@ -128,7 +130,7 @@ class Bench:
         (Path(option(command, "--result-dir")) / option(command, "--result-filename")).write_text(json.dumps(figures))
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    def bench_offline(self, command, log):
+    def bench_offline(self, command, log, env, seconds):
         self.commands.append(command)
         if status := self.status.get(option(command, "--attention-backend"), 0):
             log.write_text("".join(f"line {number}\n" for number in range(1, 51)))
@@ -358,7 +360,7 @@ def test_an_interrupted_command_keeps_what_it_measured(bench):
         return bench.bench_serve(command, **options)
 
     bench.run("latency", "--providers flash_attn")
-    bench.patch.setattr(latency.subprocess, "run", interrupted)
+    bench.patch.setattr(vllm_bench.subprocess, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         bench.run("latency", "--also short --providers s2o --add")
     assert columns(bench.rows(), "backend", "prompt_len", "repeats") == [
@@ -371,7 +373,7 @@ def test_a_run_that_does_not_end_is_given_up(bench):
     def endless(command, **options):
         raise subprocess.TimeoutExpired(command, options["timeout"])
 
-    bench.patch.setattr(latency.subprocess, "run", endless)
+    bench.patch.setattr(vllm_bench.subprocess, "run", endless)
     with pytest.raises(SystemExit) as caught:
         bench.run("latency", "--providers s2o")
     assert caught.value.code == "serving.py: vllm bench serve did not end in 500 s with prompts of 32768 tokens."
@@ -412,13 +414,12 @@ def test_a_shape_needs_a_tokenizer(bench):
     assert caught.value.code == "serving.py: --shape takes the tokenizer of MODEL, which has no model/tokenizer.json."
 
 
-def test_a_run_that_is_given_up_leaves_no_process(monkeypatch, tmp_path):
+def test_a_run_that_is_given_up_leaves_no_process(tmp_path):
     """vLLM's engine is a process of its own, and would keep the GPU's memory."""
-    monkeypatch.setattr(offline, "SECONDS", 5)
     child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     log = tmp_path / "log"
-    assert offline.run([sys.executable, "-c", parent], log) == "no result after 5 s"
+    assert vllm_bench.run_to_end([sys.executable, "-c", parent], log, os.environ, 5) == "no result after 5 s"
     # One that has ended, and that nothing has waited for yet, has an empty command line.
     left = Path(f"/proc/{int(log.read_text())}/cmdline")
     deadline = time.monotonic() + 10

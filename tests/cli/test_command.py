@@ -86,7 +86,7 @@ def script(environment, place, request):
     def script(line: str):
         if line not in known:
             command, *options = shlex.split(line)[1:]
-            runs = command in ("calibrate", "evaluate") and "--help" not in options
+            runs = command in ("bench", "calibrate", "evaluate") and "--help" not in options
             where = request.getfixturevalue("trained") if runs else place
             known[line] = environment.run(command, *options, cwd=where)
         return known[line]

@@ -13,6 +13,7 @@ import click
 # virtual machines are, calibrating takes seven times as long otherwise. Read when PyTorch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from vllm_s2o.cli.bench import bench
 from vllm_s2o.cli.calibrate import calibrate
 from vllm_s2o.cli.config_commands import config
 from vllm_s2o.cli.doctor import doctor
@@ -38,6 +39,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
+cli.add_command(bench)
 cli.add_command(calibrate)
 cli.add_command(config)
 cli.add_command(doctor)

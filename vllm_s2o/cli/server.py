@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from openai import OpenAI
-
 OURS = ("VLLM_PLUGINS", "VLLM_S2O_CONFIG")
 """Variables that would change what a server does and are not inherited."""
 
@@ -94,6 +92,8 @@ class Server:
         self.command = [*vllm_command(), str(model), "--host", "127.0.0.1", "--port", str(self.port)]
         self.command += ["--served-model-name", name, *args]
         self.env = environment(env)
+        from openai import OpenAI  # takes a second, which other commands need not wait
+
         self.client = OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", timeout=300, max_retries=0)
 
     @property

@@ -1,0 +1,112 @@
+"""`vllm-s2o bench`: what it asks of vLLM's tools, and what it makes of their figures. Tests of examples run it."""
+
+import contextlib
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_s2o.cli import bench
+from vllm_s2o.cli.vllm_bench import BenchError
+
+LINE = (
+    "INFO s2o: prefill query=9000 seq=9000 density=0.250 sparse_layers=2/2 | total steps=1 tokens=9000 density=0.250 "
+    "pairs=25/100\n"
+)
+
+
+@pytest.fixture
+def tools(monkeypatch):
+    """vLLM's tools and servers replaced: S2O's servers take half the time."""
+    found = SimpleNamespace(servers=[], loads=[], engines=[], fails=None, long=True)
+
+    def server(model, log, args, env, *, name, start_seconds):
+        found.servers.append((args, env))
+        found.sparse = "CUSTOM" in args
+        found.server = SimpleNamespace(log="")
+        return contextlib.nullcontext(found.server)
+
+    def serve(server, model, load, directory):
+        if found.fails:
+            raise BenchError(found.fails)
+        found.loads.append(load)
+        server.log += LINE if found.sparse and found.long else ""
+        ms = 100.0 if found.sparse else 200.0
+        return {
+            "completed": load.prompts, "median_ttft_ms": ms, "p99_ttft_ms": 2 * ms, "median_tpot_ms": 5.0,
+            "total_token_throughput": 1e6 / ms,
+        }  # fmt: skip
+
+    def engine(tool, model, arguments, log, more):
+        found.engines.append((tool, arguments))
+        log.write_text(LINE if "CUSTOM" in arguments else "")
+        return {"num_requests": 5, "elapsed_time": 2.0, "tokens_per_second": 30.0 if "CUSTOM" in arguments else 20.0}
+
+    monkeypatch.setattr(bench, "Server", server)
+    monkeypatch.setattr(bench, "bench_serve", serve)
+    monkeypatch.setattr(bench, "bench_engine", engine)
+    return found
+
+
+def test_both_side_by_side(command, tools):
+    ended = command("bench", "m", "--tokens", "9000", "--tokens", "16000", "--concurrency", "8", "--server", "--seed 3")
+    assert ended.status == 0
+    (ours, _), (theirs, _) = tools.servers
+    assert ours == ["--no-enable-prefix-caching", "--attention-backend", "CUSTOM", "--seed", "3"]
+    assert theirs == ["--no-enable-prefix-caching", "--seed", "3"]
+    assert tools.loads[:2] == tools.loads[2:], "the same for both"
+    assert [(load.prompt_len, load.prompts) for load in tools.loads[:2]] == [(9000, 8), (16000, 8)]
+    assert [tool for tool, _ in tools.engines] == ["throughput"] * 4
+    tables = ended.out.split("\n\n")
+    assert [table.strip().splitlines()[0] for table in tables] == [
+        "vllm bench serve: 8 prompts of 9000 tokens, 16 out, 8 at a time",
+        "vllm bench serve: 8 prompts of 16000 tokens, 16 out, 8 at a time",
+        "vllm bench throughput: 8 prompts of 9000 tokens, 16 out, all at once",
+        "vllm bench throughput: 8 prompts of 16000 tokens, 16 out, all at once",
+    ]
+    rows = [line.rsplit(maxsplit=3) for line in tables[0].strip().splitlines()[2:]]
+    assert rows[0] == ["time to the first token, median ms", "100.0", "200.0", "2.00x"]
+    assert rows[3] == ["tokens a second, prompts included", "10000.0", "5000.0", "2.00x"]
+    assert tables[0].splitlines()[-1].split()[-2:] == ["0.250", "-"]
+    assert "30.0        20.0    1.50x" in tables[2]
+
+
+def test_what_a_script_gets(command, tools, monkeypatch):
+    monkeypatch.setenv("VLLM_S2O_CONFIG", "mine.yaml")
+    given = '{"s2o": {"threshold": 0.01}}'
+    ended = command("bench", "m", "--tool", "serve", "--additional-config", given, "--json")
+    assert ended.err == ""
+    document = json.loads(ended.out)
+    (run,) = document["runs"]
+    assert (run["tool"], run["prompt_len"], run["prompts"], run["concurrency"]) == ("serve", 8192, 5, 1)
+    assert (run["s2o"]["median_ttft_ms"], run["dense"]["median_ttft_ms"]) == (100.0, 200.0)
+    assert (run["s2o"]["density"], run["dense"]["density"]) == (0.25, None)
+    assert not tools.engines
+    (ours, env), (theirs, _) = tools.servers
+    assert json.loads(ours[-1]) == json.loads(given)
+    assert "--additional-config" not in theirs
+    assert env["VLLM_S2O_CONFIG"] == "mine.yaml", "a user's server is as the user's variables say"
+
+
+def test_prompts_that_all_ran_dense_are_told_of(command, tools):
+    tools.long = False
+    ended = command("bench", "m", "--tool", "serve")
+    assert ended.status == 0
+    assert "No prompt was long enough for S2O: see min_seq_len in `vllm-s2o config show MODEL`." in ended.err
+
+
+@pytest.mark.parametrize("given", ["--attention-backend FLASHINFER", "--additional-config={}"])
+def test_what_is_compared_cannot_be_chosen(command, tools, given):
+    ended = command("bench", "m", "--server", given)
+    assert ended.status == 2
+    assert "--server cannot choose the backend or the additional config: both are compared here." in ended.sentence
+    assert not tools.servers
+
+
+def test_a_tool_that_fails(command, tools):
+    tools.fails = "vllm bench serve did not end in 500 s with prompts of 8192 tokens."
+    ended = command("bench", "m")
+    assert ended.status == 1
+    assert ended.err.splitlines()[-1].endswith(
+        "vllm-s2o: S2O: vllm bench serve did not end in 500 s with prompts of 8192 tokens."
+    )
