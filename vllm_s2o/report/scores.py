@@ -20,13 +20,25 @@ def frontier(rows: Sequence[Row]) -> Markup:
         shown = [row for row in mine if row["rel_error"] > 0 and row["density"] > 0]
         if shown:
             figures.append(_frontier(shown, f"{key[0]}, {key[1]:,} tokens, {key[2]} text, mean over layers"))
-    columns = ("layer", "method", "density", "relative error")
-    cells = [(row["layer"], row["method"], percent(row["density"]), error(row["rel_error"])) for row in rows]
+    mean = [row for row in rows if row["layer"] == "all"]
+    columns = ("method", "model", "tokens", "text", "density", "relative error")
+    cells = [
+        (
+            row["method"], row["model"], f"{row['seq_len']:,}", row["split"], percent(row["density"]),
+            error(row["rel_error"]),
+        )
+        for row in mean
+    ]  # fmt: skip
+    single = len(rows) - len(mean)
     return joined(
         (
             el("h3", "Error against density on a model's own attention"),
             el("div", *figures, class_="charts") if figures else el("p", "No row is the mean over layers."),
-            folded(f"All {len(rows)} rows of frontier.csv", table("frontier.csv", columns, cells)),
+            folded(
+                f"All {len(mean)} rows of frontier.csv that are means over layers",
+                table("frontier.csv", columns, cells),
+            ),
+            el("p", f"The table has {single} rows more, of single layers.", class_="soft") if single else None,
         )
     )
 
