@@ -47,7 +47,7 @@ def decades(title: str, values: Iterable[float], unit: str = "") -> Axis:
     high = min(mark for mark in _marks(known[-1]) if mark >= max(known[-1] * 0.9999, 10 * low))
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     steps = (1, 2, 5) if math.log10(high / low) < 2.1 else (1,)
-    every = max(1, (last - first) // 6)
+    every = max(1, -(-(last - first) // 7))
     marks = [step * 10.0**power for power in range(first, last + 1, every) for step in steps]
     name = duration if unit == "ms" else number
     inside = [mark for mark in marks if low * 0.999 <= mark <= high * 1.001]
