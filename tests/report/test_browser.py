@@ -13,7 +13,8 @@ PAPER = {"light": (255, 255, 255), "dark": (20, 23, 27)}
 OVERLAPS = """
     const found = [];
     for (const drawing of view.document.querySelectorAll("figure > svg")) {
-        const texts = [...drawing.querySelectorAll("text")].map((text) => [text.textContent, text.getBoundingClientRect()]);
+        const boxed = (text) => [text.textContent, text.getBoundingClientRect()];
+        const texts = [...drawing.querySelectorAll("text")].map(boxed);
         texts.forEach(([a, p], index) => texts.slice(0, index).forEach(([b, q]) => {
             const wide = Math.min(p.right, q.right) - Math.max(p.left, q.left);
             const high = Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top);
@@ -26,16 +27,19 @@ OVERLAPS = """
 WIDE = "return [view.document.documentElement.scrollWidth, view.innerWidth];"
 
 OUTSIDE = """
-    return [...view.document.querySelectorAll("svg text")].map((text) => [text.textContent, text.getBoundingClientRect()])
+    const boxed = (text) => [text.textContent, text.getBoundingClientRect()];
+    return [...view.document.querySelectorAll("svg text")].map(boxed)
         .filter(([, box]) => box.left < 0 || box.right > view.innerWidth).map(([words]) => words);"""
+
+ALL = "return [" + ", ".join(f"(() => {{ {script} }})()" for script in (OVERLAPS, OUTSIDE, WIDE)) + "];"
 
 
 @pytest.fixture(scope="module")
-def shown(case, tmp_path_factory) -> Path:
+def shown(plain, tmp_path_factory) -> Path:
     """Both parts on one page."""
     browser.program()
-    figures, visits = capture.measure(case.model, case.ids, case.config, 2, 3)
-    drawn = prompt.Prompt("tiny", "code", len(case.ids), 1.0, case.config, figures, 2, 3, maps.draw(visits))
+    figures, visits = capture.measure(plain.model, plain.ids, plain.config, 2, 3)
+    drawn = prompt.Prompt("tiny", "code", len(plain.ids), 1.0, plain.config, figures, 2, 3, maps.draw(visits))
     found = results.read(ROOT / "benchmarks" / "results")
     out = tmp_path_factory.mktemp("page") / "report.html"
     page.write(out, page.page("S2O: a test's page", [prompt.section(drawn), bench.section(found)], "made by a test."))
@@ -44,12 +48,12 @@ def shown(case, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("scheme", PAPER)
 @pytest.mark.parametrize("width", [1200, browser.NARROW])
-def test_screenshots(shown, case, tmp_path, scheme, width):
+def test_screenshots(shown, tmp_path, scheme, width):
     from PIL import Image  # comes with every vLLM
 
     folder = ROOT / "build" / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    out = folder / f"{scheme}-{width}-{case.config.params.query_order}.png"
+    out = folder / f"{scheme}-{width}.png"
     url = shown.as_uri() if width > 500 else browser.framed(tmp_path, shown)
     browser.screenshot(tmp_path, url, out, scheme, max(width, 500), 4000)
     picture = Image.open(out).convert("RGB").crop((0, 0, width, 4000))
@@ -76,9 +80,8 @@ def prompt_shades(scheme: str):
 
 @pytest.mark.parametrize("width", [1200, browser.NARROW])
 def test_nothing_covers_or_leaves_the_page(shown, tmp_path, width):
-    assert browser.look(tmp_path, shown, OVERLAPS, width) == []
-    assert browser.look(tmp_path, shown, OUTSIDE, width) == []
-    whole, inner = browser.look(tmp_path, shown, WIDE, width)
+    overlaps, outside, (whole, inner) = browser.look(tmp_path, shown, ALL, width)
+    assert (overlaps, outside) == ([], [])
     assert whole <= inner == width
 
 
@@ -96,7 +99,6 @@ def test_the_browser_finds_overlaps(tmp_path):
         "<!doctype html><body style='margin:0'><figure style='margin:0'><svg viewBox='0 0 390 100' width='900'>"
         "<text x='10' y='20'>one</text><text x='12' y='21'>two</text><text x='380' y='60'>outside</text></svg></figure>"
     )
-    assert browser.look(tmp_path, bad, OVERLAPS) == [["two", "one"]]
-    assert browser.look(tmp_path, bad, OUTSIDE) == ["outside"]
-    whole, inner = browser.look(tmp_path, bad, WIDE)
+    overlaps, outside, (whole, inner) = browser.look(tmp_path, bad, ALL)
+    assert (overlaps, outside) == ([["two", "one"]], ["outside"])
     assert whole > inner == browser.NARROW

@@ -155,9 +155,12 @@ def measure(
             figures.append(_judged(given.index, out, exact, visited))
             if tiles is not None:
                 kv_head = head * given.key.shape[1] // given.query.shape[1]
-                rows = (t[:, at].float().cpu() for t, at in ((given.query, head), (given.key, kv_head)))
-                by_position = params.query_order == "position"
-                drawn.append(HeadVisits(*rows, given.scale, params.segment_len, by_position, tiles))
+                drawn.append(
+                    HeadVisits(
+                        given.query[:, head].float().cpu(), given.key[:, kv_head].float().cpu(), given.scale,
+                        params.segment_len, params.query_order == "position", tiles,
+                    )
+                )  # fmt: skip
         progress(1)
         return out
 
