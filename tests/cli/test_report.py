@@ -168,7 +168,7 @@ REFUSED = {
         ("MODEL", "--additional-config", '{"s2o": {"layers": [{"layers": "0-2", "threshold": "dense"}]}}'), 1,
         "makes no layer of",
     ),
-    "no config": (("MODEL", "--config", "gone.yaml"), 1, "gone.yaml: there is no such file"),
+    "no config": (("MODEL", "--config", "gone.yaml"), 1, "gone.yaml (named by "),
     "no model": (("gone", *OPTION), 1, "gone"),
 }  # fmt: skip
 
