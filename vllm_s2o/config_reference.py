@@ -72,8 +72,8 @@ def markdown() -> str:
     lines = [
         "# Config reference",
         "",
-        "Written by `make docs` from the models in `vllm_s2o/`: the same words as `vllm-s2o config explain`. How a file",
-        "is found, and how options lie over it, is told in the README; which values to choose, in `tuning.md`.",
+        "Written by `make docs` from the models in `vllm_s2o/`: the same words as `vllm-s2o config explain`. How a",
+        "file is found, and how options lie over it, is told in the README; which values to choose, in `tuning.md`.",
         "",
         "| field | type | allowed | default | meaning |",
         "|---|---|---|---|---|",

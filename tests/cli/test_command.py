@@ -60,6 +60,9 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("place")
     write_smollm2(place / MODEL)
     shutil.copytree(ROOT / "configs", place / "configs")
+    (place / "benchmarks" / "results").mkdir(parents=True)
+    for table in (ROOT / "benchmarks" / "results").glob("*.csv"):
+        shutil.copy(table, place / "benchmarks" / "results")
     for name in ("kernels", "click", "vllm", "vllm_s2o"):
         (place / name).mkdir()
         (place / name / "__init__.py").write_text("raise AssertionError('found in the working directory')\n")
@@ -87,7 +90,7 @@ def script(environment, place, request):
     def script(line: str):
         if line not in known:
             command, *options = shlex.split(line)[1:]
-            runs = command in ("bench", "calibrate", "evaluate") and "--help" not in options
+            runs = command in ("bench", "calibrate", "evaluate", "report") and "--help" not in options
             where = request.getfixturevalue("trained") if runs else place
             known[line] = environment.run(command, *options, cwd=where)
         return known[line]

@@ -18,6 +18,7 @@ from vllm_s2o.cli.calibrate import calibrate
 from vllm_s2o.cli.config_commands import config
 from vllm_s2o.cli.doctor import doctor
 from vllm_s2o.cli.evaluate import evaluate
+from vllm_s2o.cli.report import report
 from vllm_s2o.cli.switch import switch
 from vllm_s2o.config import ConfigError
 from vllm_s2o.version import __version__
@@ -44,6 +45,7 @@ cli.add_command(calibrate)
 cli.add_command(config)
 cli.add_command(doctor)
 cli.add_command(evaluate)
+cli.add_command(report)
 cli.add_command(switch)
 
 

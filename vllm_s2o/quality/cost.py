@@ -53,6 +53,11 @@ class Cost(NamedTuple):
     """Of the prompt's own next tokens, with S2O and without."""
 
 
+def paged(rows: torch.Tensor) -> torch.Tensor:
+    """Keys or values of a prompt as pages that lie in order, [pages, PAGE, ...]: a slot is then a position."""
+    return torch.cat([rows, rows.new_zeros(-len(rows) % PAGE, *rows.shape[1:])]).unflatten(0, (-1, PAGE))
+
+
 def sparse_attention(layer: Layer, params: S2OParams) -> tuple[torch.Tensor, float]:
     """One layer's S2O attention over a whole prompt.
 
@@ -60,14 +65,10 @@ def sparse_attention(layer: Layer, params: S2OParams) -> tuple[torch.Tensor, flo
         [num_tokens, num_heads, head_size], and visited / causal pairs.
     """
     num_tokens, device = len(layer.query), layer.query.device
-    pages = -(-num_tokens // PAGE)
-    caches = (
-        torch.cat([t, t.new_zeros(pages * PAGE - num_tokens, *t.shape[1:])]).unflatten(0, (pages, PAGE))
-        for t in (layer.key, layer.value)
-    )
+    key, value = paged(layer.key), paged(layer.value)
     out, stats = prefill_attention(
-        layer.query, *caches,
-        block_table=torch.arange(pages, dtype=torch.int32, device=device)[None],
+        layer.query, key, value,
+        block_table=torch.arange(len(key), dtype=torch.int32, device=device)[None],
         query_start_loc=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
         seq_lens=torch.tensor([num_tokens], dtype=torch.int32, device=device),
         scale=layer.scale, params=params, return_stats=True,
