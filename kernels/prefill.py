@@ -7,7 +7,10 @@ stands outside the inner loop: a `for` is software-pipelined by Triton, a `while
 Products of whole blocks are fast, and wrong where a number is not finite: a value's NaN would reach the rows before it,
 because 0 times NaN is NaN, and huge logits lose their maximum to the rounding of a fused multiplication. Such a tile shows
 it in its result. It is marked, and a second kernel computes the marked tiles again, with care. There are none as a rule,
-so the first kernel pays for a look at each result, and the second for reading one number a tile.
+so the first kernel pays for a look at each result, and the second for reading a number or two of each tile.
+
+What a kernel reports of a tile stands in `report`, int32 [num_tiles, num_heads, 1 + parts]: the pairs visited, and for each
+part that computes rows of the tile by itself a mark, above 0 where the tile must be computed again.
 """
 
 import math
@@ -28,8 +31,8 @@ CALM = tl.constexpr(2.0**22)
 """Largest maximum of scaled logits that a fast tile may end with. A fused multiplication and subtraction leaves half a
 unit in the last place of the maximum as an exponent: here a quarter, at 2^31 more than float32 holds."""
 
-MARKS = tl.constexpr(128)
-"""Marks that one program of the second kernel looks at."""
+LOOKED_AT = tl.constexpr(128)
+"""Tiles of one head each that one program of the second kernel looks at."""
 
 
 @triton.jit
@@ -93,14 +96,14 @@ def _visit(
 @triton.jit
 def _tile(
     head, tile, num_heads,
-    Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Visited,
+    Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Report,
     stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
     stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head, stride_table, scale,
     PAGE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, INTERVAL: tl.constexpr, WORST_ROW: tl.constexpr,
-    ORDERED: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+    ORDERED: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of query rows of one head. Returns whether it must be computed again, with care."""
+    """One tile of query rows of one head."""
     kv_head = head // GROUP
     segment = tl.load(Tiles + tile * 3)
     first = tl.load(Tiles + tile * 3 + 1)
@@ -182,33 +185,34 @@ def _tile(
         out.to(Out.dtype.element_ty), mask=valid[:, None] & inside,
     )  # fmt: skip
     pairs = tl.sum(tl.where(valid, position - history + 1, 0), 0) + seen * rows
-    tl.store(Visited + tile * num_heads + head, pairs)
-    well = _finite(out) & (tl.abs(m) < CALM)[:, None]
-    return tl.max(tl.max(tl.where(well, 0, 1), 1), 0)
+    report = Report + (tile * num_heads + head) * (1 + PARTS)
+    tl.store(report, pairs)
+    if not CAREFUL:
+        well = _finite(out) & (tl.abs(m) < CALM)[:, None]
+        tl.store(report + 1, tl.max(tl.max(tl.where(well, 0, 1), 1), 0))
 
 
 @triton.jit(do_not_specialize=["stride_table"])
 def _attend(
-    Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Visited, Marks,
+    Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Report,
     stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
     stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head, stride_table, scale,
     PAGE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, INTERVAL: tl.constexpr, WORST_ROW: tl.constexpr,
     ORDERED: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head, tile, num_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
-    mark = _tile(
-        head, tile, num_heads, Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Visited,
+    _tile(
+        tl.program_id(0), tl.program_id(1), tl.num_programs(0),
+        Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Report,
         stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
         stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head, stride_table, scale,
-        PAGE, GROUP, D, BLOCK_D, TILE, BLOCK, UNIT, INTERVAL, WORST_ROW, ORDERED, S, PRECISION, False,
+        PAGE, GROUP, D, BLOCK_D, TILE, BLOCK, UNIT, INTERVAL, WORST_ROW, ORDERED, S, PRECISION, False, 1,
     )  # fmt: skip
-    tl.store(Marks + tile * num_heads + head, mark)
 
 
 @triton.jit(do_not_specialize=["stride_table", "num_works"])
 def _attend_marked(
-    Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Visited, Marks,
+    Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Report,
     num_works, num_heads,
     stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
     stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head, stride_table, scale,
@@ -217,22 +221,25 @@ def _attend_marked(
     ORDERED: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The marked ones of some neighbouring tiles, one after the other."""
-    first = tl.program_id(0) * MARKS
-    mark = first * PARTS + tl.arange(0, MARKS * PARTS)
-    any_marked = tl.max(tl.load(Marks + mark, mask=mark < num_works * PARTS, other=0), 0)
-    if any_marked > 0:
-        for work in range(first, tl.minimum(first + MARKS, num_works)):
-            marked = tl.load(Marks + work * PARTS)
+    first = tl.program_id(0) * LOOKED_AT
+    looked_at = first + tl.arange(0, LOOKED_AT)
+    marked = tl.zeros([LOOKED_AT], tl.int32)
+    for part in tl.static_range(PARTS):
+        marked += tl.load(Report + looked_at * (1 + PARTS) + 1 + part, mask=looked_at < num_works, other=0)
+    if tl.max(marked, 0) > 0:
+        for work in range(first, tl.minimum(first + LOOKED_AT, num_works)):
+            mark = tl.load(Report + work * (1 + PARTS) + 1)
             if PARTS == 2:
-                marked += tl.load(Marks + work * PARTS + 1)
-            if marked > 0:
+                mark += tl.load(Report + work * (1 + PARTS) + 2)
+            if mark > 0:
                 _tile(
                     work % num_heads, work // num_heads, num_heads,
-                    Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Visited,
+                    Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Report,
                     stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
                     stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head,
                     stride_table, scale,
                     PAGE, GROUP, D, BLOCK_D, TILE, BLOCK, UNIT, INTERVAL, WORST_ROW, ORDERED, S, PRECISION, True,
+                    PARTS,
                 )  # fmt: skip
 
 
@@ -271,38 +278,32 @@ def attend(
     `tile_size` is the most rows that a tile has. The last dimension of query and out must be dense, `scale` positive.
     """
     num_heads = query.shape[1]
-    visited = torch.empty(len(tiles), num_heads, dtype=torch.int32, device=query.device)
-    marks = torch.empty_like(visited)
+    report = torch.empty(len(tiles), num_heads, 2, dtype=torch.int32, device=query.device)
     options = options or launch(query, tile_size, key_block * stop_interval)
     rules = dict(key_block=key_block, stop_interval=stop_interval, stop_rule=stop_rule, tile_size=tile_size)
-    tensors = (query, key_cache, value_cache, block_table, segments, tiles, slots, order, thresholds, out, visited)
+    tensors = (query, key_cache, value_cache, block_table, segments, tiles, slots, order, thresholds, out, report)
     _attend[(num_heads, len(tiles))](
-        *_arguments(*tensors, marks), *_strides(query, key_cache, value_cache, block_table, out), scale * LOG2E,
+        *_arguments(*tensors), *_strides(query, key_cache, value_cache, block_table, out), scale * LOG2E,
         BLOCK=options.block, num_warps=options.num_warps, num_stages=options.num_stages,
         **_constants(query, key_cache, order, **rules),
     )  # fmt: skip
-    attend_marked(*tensors, marks, scale=scale, **rules)
-    return visited
+    attend_marked(*tensors, scale=scale, **rules)
+    return report[..., 0]
 
 
 def attend_marked(
-    query, key_cache, value_cache, block_table, segments, tiles, slots, order, thresholds, out, visited, marks,
-    *, scale: float, key_block: int, stop_interval: int, stop_rule: str, tile_size: int, parts: int = 1,
+    query, key_cache, value_cache, block_table, segments, tiles, slots, order, thresholds, out, report,
+    *, scale: float, key_block: int, stop_interval: int, stop_rule: str, tile_size: int,
 ) -> None:  # fmt: skip
-    """Compute the marked tiles again, with care, into out and visited.
-
-    Args:
-        marks: int32, [num_tiles, num_heads, parts]: above 0 where one of a tile's parts, 1 or 2, asks for it.
-    """
+    """Compute the tiles that `report` marks again, with care, into out and report."""
+    num_works = report.shape[0] * report.shape[1]
     rules = dict(key_block=key_block, stop_interval=stop_interval, stop_rule=stop_rule, tile_size=tile_size)
+    tensors = (query, key_cache, value_cache, block_table, segments, tiles, slots, order, thresholds, out, report)
     # No pipeline and small blocks: it must fit wherever the kernel fits that marks the tiles, and is not to be fast.
-    _attend_marked[(triton.cdiv(visited.numel(), MARKS.value),)](
-        *_arguments(
-            query, key_cache, value_cache, block_table, segments, tiles, slots, order, thresholds, out, visited, marks
-        ),
-        visited.numel(), query.shape[1],
+    _attend_marked[(triton.cdiv(num_works, LOOKED_AT.value),)](
+        *_arguments(*tensors), num_works, report.shape[1],
         *_strides(query, key_cache, value_cache, block_table, out), scale * LOG2E,
-        BLOCK=math.gcd(key_block * stop_interval, 32), PARTS=parts, num_warps=8, num_stages=1,
+        BLOCK=math.gcd(key_block * stop_interval, 32), PARTS=report.shape[2] - 1, num_warps=8, num_stages=1,
         **_constants(query, key_cache, order, **rules),
     )  # fmt: skip
 
