@@ -565,7 +565,7 @@ def unsuitable(query, key_cache, value_cache, ordered: bool, tile_size: int, int
     if interval % 32:  # blocks are whole between two tests; smaller ones were never run
         return f"a stop test every {interval} keys"
     strides = (key_cache.stride(), value_cache.stride())
-    if strides[0][3] != 1 or strides[0][:2] != strides[1][:2]:
+    if strides[0][3] != 1 or strides[0][:2] != strides[1][:2] or max(strides[0] + strides[1]) >= 2**31:
         return "cache strides"
     # Rows are copied in pieces of 16 bytes, which Triton believes of strides that are multiples of 16, and addressed in
     # such steps, of which 32 bits count 64 GiB.

@@ -159,19 +159,27 @@ def _tile(
         m_before, l_before = m, l
         step = INTERVAL * UNIT * tl.maximum(seen // (INTERVAL * UNIT * _SHARE), 1)
         until = tl.minimum(seen + step, limit)
-        whole = seen + (until - seen) // BLOCK * BLOCK
-        for start in range(seen, whole, BLOCK):
-            acc, m, l = _visit(
-                q, acc, m, l, k_head, v_head, ranking, start, until, k_dim, v_dim, inside, scale,
-                stride_k_block, stride_k_token, stride_v_block, stride_v_token, PAGE, BLOCK, True, INSIDE, PRECISION,
-                CAREFUL,
-            )  # fmt: skip
-        if whole < until:
-            acc, m, l = _visit(
-                q, acc, m, l, k_head, v_head, ranking, whole, until, k_dim, v_dim, inside, scale,
-                stride_k_block, stride_k_token, stride_v_block, stride_v_token, PAGE, BLOCK, False, INSIDE, PRECISION,
-                CAREFUL,
-            )  # fmt: skip
+        if CAREFUL:  # every block is masked: less to compile, for what hardly ever runs
+            for start in range(seen, until, BLOCK):
+                acc, m, l = _visit(
+                    q, acc, m, l, k_head, v_head, ranking, start, until, k_dim, v_dim, inside, scale,
+                    stride_k_block, stride_k_token, stride_v_block, stride_v_token,
+                    PAGE, BLOCK, False, INSIDE, PRECISION, CAREFUL,
+                )  # fmt: skip
+        else:
+            whole = seen + (until - seen) // BLOCK * BLOCK
+            for start in range(seen, whole, BLOCK):
+                acc, m, l = _visit(
+                    q, acc, m, l, k_head, v_head, ranking, start, until, k_dim, v_dim, inside, scale,
+                    stride_k_block, stride_k_token, stride_v_block, stride_v_token,
+                    PAGE, BLOCK, True, INSIDE, PRECISION, CAREFUL,
+                )  # fmt: skip
+            if whole < until:
+                acc, m, l = _visit(
+                    q, acc, m, l, k_head, v_head, ranking, whole, until, k_dim, v_dim, inside, scale,
+                    stride_k_block, stride_k_token, stride_v_block, stride_v_token,
+                    PAGE, BLOCK, False, INSIDE, PRECISION, CAREFUL,
+                )  # fmt: skip
         gain = 1 - l_before * tl.exp2((m_before - m) * scale if CAREFUL else m_before - m) / l
         # A NaN row gains nothing, rounding must not look like a loss, and rows that pad the tile have no say.
         gain = tl.where((gain > 0) & valid, gain, 0.0) / tl.cdiv(until - seen, UNIT)
