@@ -11,6 +11,7 @@ What holds, with a row being one query head of one token:
 """
 
 import functools
+import itertools
 import math
 
 import pytest
@@ -27,16 +28,22 @@ BAD = {"nan": NAN, "inf": INF, "-inf": -INF}
 
 # On a GPU, what the kernels for Hopper take. In Triton's interpreter a program of few numbers costs what one of many does.
 TILE, BLOCK = (64, 32) if DEVICE.type == "cuda" else (16, 16)
-RULES = dict(segment_len=2 * TILE, tile_size=TILE, key_block=BLOCK, stop_interval=1)
+RULES = dict(segment_len=TILE, tile_size=TILE, key_block=BLOCK, stop_interval=1)
 PARAMS = {
     "dense": S2OParams(threshold=0, **RULES),
-    "sparse": S2OParams(threshold=0.1, **RULES),
-    "guide": S2OParams(threshold=0.1, query_order="guide", **RULES),
+    "sparse": S2OParams(threshold=0.6, **RULES),
+    "guide": S2OParams(threshold=0.6, query_order="guide", **RULES),
 }
-# Three segments of one sequence, and of another the last chunk, which begins inside a segment.
-LENGTHS = dict(query_lens=[5 * TILE - 4, TILE + 5], seq_lens=[5 * TILE - 4, 3 * TILE + 2])
-# The bad number stands in the first sequence's second segment, in the middle of a tile.
-SEGMENT, TOKEN, SEGMENT_END, END = 2 * TILE, 2 * TILE + TILE // 2, 4 * TILE, 5 * TILE - 4
+# Four segments of one sequence, and of another the last chunk, which begins inside a segment.
+LENGTHS = dict(query_lens=[4 * TILE - 4, 5], seq_lens=[4 * TILE - 4, 2 * TILE + 2])
+# The bad number stands in the first sequence's second segment, in the middle.
+SEGMENT, TOKEN, SEGMENT_END, END = TILE, TILE + TILE // 2, 2 * TILE, 4 * TILE - 4
+
+
+def thinned(keep, *axes):
+    """All combinations of implementation and axes; of Triton's interpreter, which is slow, those that `keep` names."""
+    every = itertools.product(IMPLEMENTATIONS, *axes)
+    return [(i, *rest) for i, *rest in every if DEVICE.type == "cuda" or i != "triton" or keep(*rest)]
 
 
 def new_case(dtype):
@@ -77,9 +84,9 @@ def out_of_reach(case) -> torch.Tensor:
     return rows
 
 
-@pytest.mark.parametrize("params", PARAMS)
-@pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("implementation", "bad", "params"), thinned(lambda *kept: kept in (("nan", "dense"), ("nan", "guide"), ("inf", "sparse")), BAD, PARAMS)
+)
 class TestOneBadNumber:
     def test_in_a_query(self, case, implementation, bad, params):
         before, _ = clean(case.query.dtype, params, implementation)
@@ -147,25 +154,23 @@ def rankings(case, implementation, segment_len=64) -> list[torch.Tensor]:
         for kv_head in range(2):
             ranking = naive.ranking_of(slots, segment, kv_head)
             assert torch.equal(ranking.sort().values, where.sort().values), "a ranking is a permutation"
-            position = torch.empty(int(where.max(initial=0) if False else where.max()) + 1, dtype=torch.int64, device=DEVICE) if len(where) else history
-            if len(where):
+            if len(history):
+                position = torch.zeros(int(where.max()) + 1, dtype=torch.int64, device=DEVICE)
                 position[where.long()] = history
                 found.append(position[ranking.long()])
     return found
 
 
-@pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("implementation", "bad"), thinned(lambda bad: bad == "nan", BAD))
 def test_a_bad_query_leaves_the_ranking_to_the_others(case, implementation, bad):
     for token in (SEGMENT, TOKEN):  # the first of a segment is where a kernel takes variances around
         case.query[token, 1, 5] = BAD[bad]
-    spoiled = rankings(case, implementation, 2 * TILE)
+    spoiled = rankings(case, implementation, TILE)
     case.query[case.query.isfinite().logical_not()] = 0.0
-    assert all(torch.equal(a, b) for a, b in zip(spoiled, rankings(case, implementation, 2 * TILE), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(spoiled, rankings(case, implementation, TILE), strict=True))
 
 
-@pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("implementation", "bad"), thinned(lambda bad: bad == "inf", BAD))
 def test_a_bad_key_leaves_the_others_ranked(implementation, bad):
     """One of the sample that classes are divided by: it would put all other keys into one class."""
     case = make_case([64], [364], num_heads=4, num_kv_heads=2, head_size=32)
@@ -183,9 +188,9 @@ def test_a_bad_key_leaves_the_others_ranked(implementation, bad):
         assert len(set(range(count)) & kept) < 0.5 * count, "not the order of positions"
 
 
-@pytest.mark.parametrize("what", ["query", "key_cache"])
-@pytest.mark.parametrize("bad", [*BAD.values(), 1e30])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("implementation", "what", "bad"), thinned(lambda _, bad: bad > 0, ["query", "key_cache"], [NAN, INF, -INF, 1e30])
+)
 def test_nothing_to_rank_by_is_the_order_of_positions(implementation, what, bad):
     case = make_case([40, 90], [100, 90], num_heads=4, num_kv_heads=2, head_size=32)
     getattr(case, what).fill_(bad)
@@ -204,6 +209,7 @@ def test_equal_logits(case, implementation):
         out, stats = attend(case, params, implementation)
         _, want = attend(case, params, "naive")
         assert torch.equal(stats.visited_pairs, want.visited_pairs)
+        assert (stats.visited_pairs < stats.causal_pairs).any() == (params.threshold > 0)
         assert_right(case, out, mean_of_visited(case, params))
 
 
@@ -242,11 +248,14 @@ def test_equal_keys(case, implementation):
     out, stats = attend(case, PARAMS["sparse"], implementation)
     assert out.isfinite().all()
     assert (stats.visited_pairs < stats.causal_pairs).any()
+    _, want = attend(case, PARAMS["sparse"], "naive")
+    assert torch.equal(stats.visited_pairs, want.visited_pairs)
 
 
-@pytest.mark.parametrize("params", PARAMS)
-@pytest.mark.parametrize("factor", [1e2, 1e4, 1e7, 1e15, 1e18])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("implementation", "factor", "params"),
+    thinned(lambda *kept: kept in ((1e4, "dense"), (1e18, "dense")), [1e2, 1e4, 1e7, 1e15, 1e18], PARAMS),
+)
 def test_huge_logits(case, implementation, factor, params):
     """Queries and keys that many times as large, to the bound of what their product may be: one key takes all."""
     factor = min(factor, 5e3) if case.query.dtype == torch.float16 else factor
@@ -290,9 +299,10 @@ EDGES = {
 }
 
 
-@pytest.mark.parametrize("order", ["position", "guide"])
-@pytest.mark.parametrize("edge", EDGES)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("implementation", "edge", "order"),
+    thinned(lambda edge, order: order == "position" or edge == "empty between", EDGES, ["position", "guide"]),
+)
 def test_short_and_empty_sequences(implementation, edge, order):
     case = make_case(*EDGES[edge], num_heads=4, num_kv_heads=2, head_size=32)
     params = S2OParams(threshold=0, segment_len=32, tile_size=16, key_block=16, query_order=order)
@@ -306,12 +316,13 @@ def test_short_and_empty_sequences(implementation, edge, order):
 GARBAGE = [-1, -(2**31), 2**31 - 1, 2**30, 10_000, 0]
 
 
-@pytest.mark.parametrize("params", PARAMS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("implementation", "layout", "params"),
+    thinned(lambda *kept: kept in (("joined_rows", "guide"), ("transposed_keys", "dense")), LAYOUTS, PARAMS),
+)
 def test_what_is_no_sequences_is_not_read(implementation, layout, params):
     """Table entries beyond a sequence and of rows without queries are anything, and so is the memory between: NaN."""
-    lengths = ([20, 0, 37, 1], [75, 40, 37, 18])
+    lengths = ([20, 0, 37, 1], [55, 40, 37, 18])
     case, spoiled = (make_case(*lengths, num_heads=4, num_kv_heads=2, head_size=64, layout=layout) for _ in range(2))
     page = case.key_cache.shape[1]
     used = torch.zeros(case.key_cache.shape[:2], dtype=torch.bool, device=DEVICE)
@@ -375,8 +386,7 @@ def test_tiles_of_huge_logits_are_computed_again(reports):
     case.query[SEGMENT:SEGMENT_END] *= 1e7
     out, _ = attend(case, PARAMS["sparse"], "triton")
     assert out.isfinite().all()
-    marks = marked(reports)
-    assert sorted(map(sum, marks))[-2:] == [4, 4] and sum(map(sum, marks)) == 8, "two tiles of four heads"
+    assert sorted(map(sum, marked(reports))) == [0, 0, 0, 0, 4], "one tile of all heads"
 
 
 @pytest.mark.parametrize("parts", [1, 2])
