@@ -113,7 +113,7 @@ class _Segment:
         l = before_l * keep + p.sum(-1)
         self.m[active], self.l[active] = m, l
         p = p.flatten(0, 1)
-        added = p @ values if finite else naive.weighted(p, values, seen)
+        added = p @ values if seen is None else naive.weighted(p, values, seen)
         self.acc[active] = self.acc[active].mul_(keep[..., None]).add_(added.view(*m.shape, -1))
 
     def still_gaining(self, active: torch.Tensor, m: torch.Tensor, l: torch.Tensor, blocks: int) -> torch.Tensor:

@@ -15,8 +15,9 @@ Arguments that only the device needs (sizes known to the host, workspace) are ac
 
 A *slot* is a token's place in the cache: block * block_size + offset in the block.
 
-What is not finite stays where dense attention would have it, row by row: a query's NaN in its row, a value's in the rows
-that see its key. It takes no part in a ranking, and a row that is NaN gains nothing, so that it holds no tile back.
+What is not finite stays where dense attention would have it, row by row: a query's NaN in its row, a value's in the
+rows that see its key. It takes no part in a ranking, and a row that is NaN gains nothing, so that it holds no tile
+back.
 """
 
 import math
@@ -157,7 +158,8 @@ def order_queries(query, key_cache, segments, slots, segment_len: int) -> torch.
 
 
 def weighted(weights: torch.Tensor, values: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """weights [rows, keys] times values [keys, head_size]; a value that is not finite is for rows that see its key only.
+    """weights [rows, keys] times values [keys, head_size]; a value that is not finite is for rows that see its key
+    only.
 
     A plain product would give it to all of them: 0 times NaN is NaN.
     """

@@ -5,16 +5,16 @@ pass 2 walks the ranked history and gathers K and V rows straight from the paged
 stands outside the inner loop: a `for` is software-pipelined by Triton, a `while` is not.
 
 Products of whole blocks are fast, and wrong where a number is not finite: a value's NaN would reach the rows before it,
-because 0 times NaN is NaN, and huge logits lose their maximum to the rounding of a fused multiplication. Such a tile shows
-it in its result. It is marked, and a second kernel computes the marked tiles again, with care. There are none as a rule,
-so the first kernel pays for a look at each result, and the second for reading a number or two of each tile.
+because 0 times NaN is NaN, and huge logits lose their maximum to the rounding of a fused multiplication. Such a tile
+shows it in its result. It is marked, and a second kernel computes the marked tiles again, with care. There are none as
+a rule, so the first kernel pays for a look at each result, and the second for reading a number or two of each tile.
 
-What a kernel reports of a tile stands in `report`, int32 [num_tiles, num_heads, 1 + parts]: the pairs visited, and for each
-part that computes rows of the tile by itself a mark, above 0 where the tile must be computed again.
+What a kernel reports of a tile stands in `report`, int32 [num_tiles, num_heads, 1 + parts]: the pairs visited, and for
+each part that computes rows of the tile by itself a mark, above 0 where the tile must be computed again.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -288,7 +288,9 @@ def attend(
     num_heads = query.shape[1]
     report = torch.empty(len(tiles), num_heads, 2, dtype=torch.int32, device=query.device)
     options = options or launch(query, tile_size, key_block * stop_interval)
-    rules = dict(key_block=key_block, stop_interval=stop_interval, stop_rule=stop_rule, tile_size=tile_size)
+    rules: dict[str, Any] = dict(
+        key_block=key_block, stop_interval=stop_interval, stop_rule=stop_rule, tile_size=tile_size
+    )
     tensors = (query, key_cache, value_cache, block_table, segments, tiles, slots, order, thresholds, out, report)
     _attend[(num_heads, len(tiles))](
         *_arguments(*tensors), *_strides(query, key_cache, value_cache, block_table, out), scale * LOG2E,
@@ -305,7 +307,9 @@ def attend_marked(
 ) -> None:  # fmt: skip
     """Compute the tiles that `report` marks again, with care, into out and report."""
     num_works = report.shape[0] * report.shape[1]
-    rules = dict(key_block=key_block, stop_interval=stop_interval, stop_rule=stop_rule, tile_size=tile_size)
+    rules: dict[str, Any] = dict(
+        key_block=key_block, stop_interval=stop_interval, stop_rule=stop_rule, tile_size=tile_size
+    )
     tensors = (query, key_cache, value_cache, block_table, segments, tiles, slots, order, thresholds, out, report)
     # No pipeline and small blocks: it must fit wherever the kernel fits that marks the tiles, and is not to be fast.
     _attend_marked[(triton.cdiv(num_works, LOOKED_AT.value),)](

@@ -325,8 +325,8 @@ def prefill_attention(
     _check_lengths(starts, query_lens, lens, query.shape[0], block_table.shape[1] * key_cache.shape[1])
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    # The kernels know one stride of each, and count a tile's rows in 32 bits: the caches, which are large, are read with
-    # any strides.
+    # The kernels know one stride of each, and count a tile's rows in 32 bits: the caches, which are large, are read
+    # with any strides.
     query = query if query.stride(-1) == 1 and query.stride(0) < MAX_ROW_STRIDE else query.contiguous()
     block_table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
     plan = plan_step(query_lens, lens, params, key_cache.shape[2])

@@ -1,13 +1,15 @@
 """Any problem that hypothesis thinks of, against the oracle: `make test` looks at some, `make soak` at thousands.
 
 The oracle decides with other sums than the implementations do, so that rankings are equal up to keys on the border of a
-class, and stops up to gains on the threshold. Both are checked with what fp64 says of them, and nothing else may differ:
+class, and stops up to gains on the threshold. Both are checked with what fp64 says of them, and nothing else may
+differ:
 
     ranking     keys in the order of their fp64 classes, but those that rounding may move; neighbours by position
     attention   on the implementation's ranking, the oracle's stops and output; where a stop differs, fp64 must find the
                 gain on the threshold, and the output is judged by fp64 attention over the keys that were visited
 
-Drawn examples are the same in each run, but with VLLM_S2O_EXAMPLES, how many there shall be; a failure prints what repeats it.
+Drawn examples are the same in each run, but with VLLM_S2O_EXAMPLES, how many there shall be; a failure prints what
+repeats it.
 """
 
 import math
@@ -85,7 +87,9 @@ def class_coordinates(case, segment, kv_head, params) -> tuple[torch.Tensor, tor
     apart = (queries - queries[0]).square().mean(0)
     lost = (keys.square() @ apart) * 16 * unit(torch.float32) * math.sqrt(len(queries))
     error = product * keys.norm(dim=-1) * mean.norm()
-    error += naive.DEVIATIONS * torch.maximum(squares * spread, torch.minimum(lost / spread.clamp(min=1e-30), lost.sqrt()))
+    error += naive.DEVIATIONS * torch.maximum(
+        squares * spread, torch.minimum(lost / spread.clamp(min=1e-30), lost.sqrt())
+    )
     sample = scores[naive.FIRST_TOKENS :: naive.SAMPLE_EVERY]
     deviation = sample.std(correction=0)
     place = (scores - sample.mean()) / deviation.clamp(min=1e-20)

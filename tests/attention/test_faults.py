@@ -2,10 +2,10 @@
 
 What holds, with a row being one query head of one token:
 
-- A row that dense attention leaves finite is finite here, and right. Dense attention means that a row sees the keys up to
-  its own, and nothing else (`cases.by_rows`).
-- NaN in a query is in its row alone. NaN in a key or a value is in the rows that visit it: all later ones of its segment,
-  and those of later segments that get so far. Of a value, only in its own element.
+- A row that dense attention leaves finite is finite here, and right. Dense attention means that a row sees the keys up
+  to its own, and nothing else (`cases.by_rows`).
+- NaN in a query is in its row alone. NaN in a key or a value is in the rows that visit it: all later ones of its
+  segment, and those of later segments that get so far. Of a value, only in its own element.
 - What is not finite has no say in a ranking: the other queries and keys of a segment decide.
 - Rows of other sequences, and of other KV heads, keep their bits.
 """
@@ -26,7 +26,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16] if DEVICE.type == "cuda"
 NAN, INF = math.nan, math.inf
 BAD = {"nan": NAN, "inf": INF, "-inf": -INF}
 
-# On a GPU, what the kernels for Hopper take. In Triton's interpreter a program of few numbers costs what one of many does.
+# On a GPU, what the kernels for Hopper take. In Triton's interpreter a program of few numbers costs what one of many
+# does.
 TILE, BLOCK = (64, 32) if DEVICE.type == "cuda" else (16, 16)
 RULES = dict(segment_len=TILE, tile_size=TILE, key_block=BLOCK, stop_interval=1)
 PARAMS = {
@@ -85,7 +86,8 @@ def out_of_reach(case) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("implementation", "bad", "params"), thinned(lambda *kept: kept in (("nan", "dense"), ("nan", "guide"), ("inf", "sparse")), BAD, PARAMS)
+    ("implementation", "bad", "params"),
+    thinned(lambda *kept: kept in (("nan", "dense"), ("nan", "guide"), ("inf", "sparse")), BAD, PARAMS),
 )
 class TestOneBadNumber:
     def test_in_a_query(self, case, implementation, bad, params):

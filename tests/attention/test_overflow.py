@@ -1,6 +1,7 @@
 """Offsets that 32 bits do not hold: in each tensor, by each of its strides.
 
-Memory that is not touched costs none on a CPU, so that tensors may have more than 2^31 elements; on a GPU it must be there.
+Memory that is not touched costs none on a CPU, so that tensors may have more than 2^31 elements; on a GPU it must be
+there.
 """
 
 import pytest

@@ -147,7 +147,10 @@ def by_rows(case: Case) -> torch.Tensor:
     for seq, length in enumerate(case.lens):
         positions = torch.arange(length)
         blocks = case.block_table[seq].cpu()[positions // page].long()
-        k, v = (c[blocks.to(DEVICE), (positions % page).to(DEVICE)].double().cpu() for c in (case.key_cache, case.value_cache))
+        k, v = (
+            c[blocks.to(DEVICE), (positions % page).to(DEVICE)].double().cpu()
+            for c in (case.key_cache, case.value_cache)
+        )
         for row in range(starts[seq], starts[seq + 1]):
             seen = length - (starts[seq + 1] - row) + 1
             q = case.query[row].double().cpu().unflatten(0, (-1, group))
