@@ -523,6 +523,8 @@ FP8_CACHES = ("fp8", "fp8_e4m3")
 
 def kernel_dtypes(impl) -> tuple[torch.dtype | None, torch.dtype | None]:
     """Types of queries and caches where they are not the model's."""
+    import torch
+
     if impl.kv_cache_dtype not in FP8_CACHES:
         return None, None
     # vLLM quantises queries before an implementation that says so.
@@ -533,7 +535,7 @@ def scales(impl, layer, query: torch.Tensor) -> tuple[float, float]:
     """Factors on the logits and on the result, of a quantised cache."""
     if impl.kv_cache_dtype not in FP8_CACHES:
         return 1.0, 1.0
-    of_query = layer._q_scale_float if query.dtype == torch.float8_e4m3fn else 1.0
+    of_query = layer._q_scale_float if query.element_size() == 1 else 1.0
     return of_query * layer._k_scale_float, layer._v_scale_float
 
 
@@ -657,7 +659,7 @@ CPU_LAYOUTS = {"vec": _plain_cpu, "vec16": _plain_cpu, "amx": _amx_cpu}
 def caches(layer, impl, kv_cache: torch.Tensor, block_table: torch.Tensor):
     """(key_cache, value_cache, block_table) for `attention.run`."""
     if kv_cache.is_cuda:
-        if impl.kv_cache_dtype in FP8_CACHES:  # vLLM keeps bytes
-            kv_cache = kv_cache.view(torch.float8_e4m3fn)
+        if (stored := kernel_dtypes(impl)[1]) is not None:  # vLLM keeps bytes
+            kv_cache = kv_cache.view(stored)
         return *cuda_caches(kv_cache, impl.head_size), block_table
     return CPU_LAYOUTS[getattr(layer, "isa", None) or impl.isa](kv_cache, block_table)

@@ -11,6 +11,7 @@ from vllm_s2o.kernels import naive
 
 IMPLEMENTATIONS = ["naive", *(["triton", "cuda"] if DEVICE.type == "cuda" else ["cpu", "triton"])]
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+EXACT = DEVICE.type == "cpu"
 SPARSE = S2OParams(threshold=0.05, segment_len=64, tile_size=32, key_block=16, num_classes=32)
 LENGTHS = ([70, 200, 1], [300, 200, 90])
 
@@ -34,8 +35,8 @@ def test_like_caches_of_what_they_stand_for(implementation):
     ours, stats = prefill_attention(**fp8.arguments, **given, key_scale=0.5, value_scale=4.0)
     theirs, expected = prefill_attention(**plain.arguments, **given)
     assert torch.equal(stats.visited_pairs, expected.visited_pairs)
-    assert 0 < stats.visited_pairs.sum() < stats.causal_pairs.sum()
-    torch.testing.assert_close(ours, theirs, rtol=1e-5 if DTYPE == torch.float32 else 1e-2, atol=1e-5)
+    assert (stats.visited_pairs < stats.causal_pairs).any()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5 if EXACT else 1e-2, atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -46,7 +47,7 @@ def test_threshold_zero_is_dense(implementation):
         **fp8.arguments, params=params, implementation=implementation, key_scale=0.013, value_scale=0.3
     )
     exact = naive.dense_attention(**plain.arguments)
-    torch.testing.assert_close(ours.float(), exact, rtol=1e-4 if DTYPE == torch.float32 else 2e-2, atol=2e-3)
+    torch.testing.assert_close(ours.float(), exact, rtol=1e-4 if EXACT else 2e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
