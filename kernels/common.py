@@ -18,6 +18,15 @@ def block_dim(head_size: int) -> int:
     return max(16, triton.next_power_of_2(head_size))
 
 
+FP8 = torch.float8_e4m3fn
+"""What a quantised cache holds, and queries beside it."""
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type that products take numbers of this type in: fp8 is widened, which is exact."""
+    return torch.bfloat16 if dtype == FP8 else dtype
+
+
 def dot_precision(tensor: torch.Tensor) -> str:
     """fp32 inputs are multiplied as such: Triton's default would round them to tf32."""
     return "ieee" if tensor.dtype == torch.float32 else "tf32"

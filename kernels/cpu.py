@@ -50,7 +50,7 @@ def rank_keys(
 
 def attend(
     query, key_cache, value_cache, block_table, segments, tiles, slots, order, thresholds, out,
-    *, scale: float, key_block: int, stop_interval: int, stop_rule: str, **_device_only,
+    *, scale: float, key_block: int, stop_interval: int, stop_rule: str, value_scale: float = 1.0, **_device_only,
 ) -> torch.Tensor:  # fmt: skip
     """`naive.attend`. Returns the visited pairs, [num_tiles, num_heads] int64."""
     num_heads = query.shape[1]
@@ -71,7 +71,7 @@ def attend(
             _inside(stacked, key_cache, value_cache, block_table, segment, kv_head)
             ranking = naive.ranking_of(slots, segment, kv_head)[: segment[VISIT_LIMIT]]
             _history(stacked, key_cache, value_cache, ranking, kv_head, key_block, stop_interval)
-            stacked.write(out)
+            stacked.write(out, value_scale)
             visited[mine, heads] = stacked.pairs().T
     return visited
 
@@ -123,10 +123,10 @@ class _Segment:
         judged = gain.amax(1) if self.stop_rule == "worst_row" else gain.sum(1) / self.valid[active].sum(1)
         return judged >= self.threshold[active]
 
-    def write(self, out: torch.Tensor) -> None:
+    def write(self, out: torch.Tensor, value_scale: float) -> None:
         result = torch.where(self.l[..., None] > 0, self.acc / self.l[..., None], self.l[..., None] * 0)
         head = self.head.expand_as(self.row)
-        out[self.row[self.valid], head[self.valid]] = result[self.valid].to(out.dtype)
+        out[self.row[self.valid], head[self.valid]] = (result[self.valid] * value_scale).to(out.dtype)
 
     def pairs(self) -> torch.Tensor:
         """[heads of the group, tiles]"""

@@ -34,15 +34,23 @@ def uses_gluon() -> bool:
     return _missing is None
 
 
-def describe(device: torch.device, dtype: torch.dtype, num_kv_heads: int, head_size: int, params) -> str:
-    """Which kernels take a model's layers, for the log; `params` are an `S2OParams`."""
+def describe(
+    device: torch.device,
+    dtype: torch.dtype,
+    num_kv_heads: int,
+    head_size: int,
+    params,
+    cache: torch.dtype | None = None,
+) -> str:
+    """Which kernels take a model's layers, for the log; `params` are an `S2OParams`, `cache` the caches' type if it is
+    another one."""
     if _missing is not None:
         return f"Triton kernels, without those in Gluon: {_missing}"
     # Tensors of the model's kind, as small as they can be: the choice looks at nothing else of a problem.
     query = torch.empty(1, num_kv_heads, head_size, dtype=dtype, device=device)
-    cache = torch.empty(1, 16, num_kv_heads, head_size, dtype=dtype, device=device)
+    keys = torch.empty(1, 16, num_kv_heads, head_size, dtype=cache or dtype, device=device)
     ordered = params.query_order == "guide"
-    why = hopper.unsuitable(query, cache, cache, ordered, params.tile_size, params.key_block * params.stop_interval)
+    why = hopper.unsuitable(query, keys, keys, ordered, params.tile_size, params.key_block * params.stop_interval)
     attention = "in Gluon" if why is None else f"in Triton ({why})"
     ranking = "in Gluon" if params.num_classes == vote.CLASSES else f"in Triton (num_classes={params.num_classes})"
     return f"attention {attention}, ranking {ranking}"

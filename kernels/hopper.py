@@ -34,6 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import naive, tuned
+from .common import FP8
 from .prefill import CALM, LOG2E, attend_marked
 
 # Triton 3.9 has another name for it.
@@ -554,6 +555,8 @@ def unsuitable(query, key_cache, value_cache, ordered: bool, tile_size: int, int
     """
     if torch.cuda.get_device_capability(query.device)[0] != 9:
         return "the GPU is no Hopper"
+    if FP8 in (query.dtype, key_cache.dtype):
+        return "a quantised KV cache"
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"{query.dtype}"
     if query.shape[2] not in (64, 128):
@@ -582,9 +585,10 @@ def unsuitable(query, key_cache, value_cache, ordered: bool, tile_size: int, int
 
 def attend(
     query, key_cache, value_cache, block_table, segments, tiles, slots, order, thresholds, out,
-    *, scale: float, key_block: int, stop_interval: int, stop_rule: str, tile_size: int, options: Launch | None = None,
+    *, scale: float, key_block: int, stop_interval: int, stop_rule: str, tile_size: int, value_scale: float = 1.0,
+    options: Launch | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """`prefill.attend` for what is not `unsuitable`."""
+    """`prefill.attend` for what is not `unsuitable`, and a value_scale of 1."""
     num_heads, head_size = query.shape[1:]
     block_size, num_kv_heads = key_cache.shape[1:3]
     if options is None:  # tuned for tiles of 128 rows
@@ -608,6 +612,7 @@ def attend(
     )  # fmt: skip
     attend_marked(
         query, key_cache, value_cache, block_table, segments, tiles, slots, None, thresholds, out, report,
-        scale=scale, key_block=key_block, stop_interval=stop_interval, stop_rule=stop_rule, tile_size=tile_size,
+        scale=scale, value_scale=value_scale, key_block=key_block, stop_interval=stop_interval, stop_rule=stop_rule,
+        tile_size=tile_size,
     )  # fmt: skip
     return report[..., 0]

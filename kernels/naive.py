@@ -206,6 +206,7 @@ def attend(
     key_block: int,
     stop_interval: int,
     stop_rule: str,
+    value_scale: float = 1.0,
     **_device_only,
 ) -> torch.Tensor:
     """Steps 4 and 5: dense causal attention inside the segment, then the ranked history until the gain is small.
@@ -215,6 +216,10 @@ def attend(
     not the mean over its rows ("mean_row"), gains `threshold` any more.
 
     Writes `out`, shaped like query; returns the pairs visited, [num_tiles, num_heads] int64.
+
+    Args:
+        scale: factor on the logits, with those of quantised queries and keys.
+        value_scale: factor on the result, of quantised values.
     """
     num_heads, head_size = query.shape[1:]
     block_size, num_kv_heads = key_cache.shape[1:3]
@@ -252,7 +257,7 @@ def attend(
                 judged = gain.max() if stop_rule == "worst_row" else gain.mean()
                 if judged < thresholds[head]:
                     break
-            out[segment[QUERY_ROW] + chosen, head] = softmax.output().to(out.dtype)
+            out[segment[QUERY_ROW] + chosen, head] = (softmax.output() * value_scale).to(out.dtype)
             visited[index, head] = pairs + seen * rows
     return visited
 

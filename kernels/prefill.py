@@ -36,14 +36,14 @@ LOOKED_AT = tl.constexpr(128)
 
 
 @triton.jit
-def _load_rows(head, at, d_offsets, known, inside, KNOWN: tl.constexpr, INSIDE: tl.constexpr):
-    """Rows of K or V; a mask costs time, and most loads need none."""
+def _load_rows(head, at, d_offsets, known, inside, KNOWN: tl.constexpr, INSIDE: tl.constexpr, TYPE: tl.constexpr):
+    """Rows of K or V in a type; a mask costs time, and most loads need none."""
     rows = head + at[:, None] + d_offsets
     if KNOWN and INSIDE:
-        return tl.load(rows)
+        return tl.load(rows).to(TYPE)
     if KNOWN:
-        return tl.load(rows, mask=inside, other=0)
-    return tl.load(rows, mask=known[:, None] & inside, other=0)
+        return tl.load(rows, mask=inside, other=0.0).to(TYPE)
+    return tl.load(rows, mask=known[:, None] & inside, other=0.0).to(TYPE)
 
 
 @triton.jit
@@ -85,11 +85,15 @@ def _visit(
     known = n < until
     slot = tl.load(ranking + n) if WHOLE else tl.load(ranking + n, mask=known, other=0)
     page, within = split_slot(slot, PAGE)
-    k = _load_rows(k_head, page * stride_k_block + within * stride_k_token, k_dim, known, inside, WHOLE, INSIDE)
+    k = _load_rows(
+        k_head, page * stride_k_block + within * stride_k_token, k_dim, known, inside, WHOLE, INSIDE, q.dtype
+    )
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if not WHOLE:
         logits = tl.where(known[None, :], logits, float("-inf"))
-    v = _load_rows(v_head, page * stride_v_block + within * stride_v_token, v_dim, known, inside, WHOLE, INSIDE)
+    v = _load_rows(
+        v_head, page * stride_v_block + within * stride_v_token, v_dim, known, inside, WHOLE, INSIDE, q.dtype
+    )
     return _softmax_step(acc, m, l, logits, v, scale, PRECISION, CAREFUL)
 
 
@@ -98,7 +102,8 @@ def _tile(
     head, tile, num_heads,
     Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Report,
     stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
-    stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head, stride_table, scale,
+    stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head, stride_table,
+    scale, value_scale,
     PAGE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, INTERVAL: tl.constexpr, WORST_ROW: tl.constexpr,
     ORDERED: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr, PARTS: tl.constexpr,
@@ -129,8 +134,8 @@ def _tile(
     k_dim, v_dim = (d * stride_k_dim)[None, :], (d * stride_v_dim)[None, :]
     q = tl.load(
         Query + row[:, None] * stride_q_token + head.to(tl.int64) * stride_q_head + d[None, :],
-        mask=valid[:, None] & inside, other=0,
-    )  # fmt: skip
+        mask=valid[:, None] & inside, other=0.0,
+    ).to(Out.dtype.element_ty)  # fmt: skip
     k_head = Keys + kv_head.to(tl.int64) * stride_k_head
     v_head = Values + kv_head.to(tl.int64) * stride_v_head
     m = tl.full([TILE], float("-inf"), tl.float32)
@@ -143,10 +148,14 @@ def _tile(
         key = start + tl.arange(0, BLOCK)
         page = tl.load(table + key // PAGE, mask=key < end, other=0).to(tl.int64)
         within = key % PAGE
-        k = _load_rows(k_head, page * stride_k_block + within * stride_k_token, k_dim, key < end, inside, False, INSIDE)
+        k = _load_rows(
+            k_head, page * stride_k_block + within * stride_k_token, k_dim, key < end, inside, False, INSIDE, q.dtype
+        )
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         logits = tl.where(key[None, :] <= position[:, None], logits, float("-inf"))
-        v = _load_rows(v_head, page * stride_v_block + within * stride_v_token, v_dim, key < end, inside, False, INSIDE)
+        v = _load_rows(
+            v_head, page * stride_v_block + within * stride_v_token, v_dim, key < end, inside, False, INSIDE, q.dtype
+        )
         acc, m, l = _softmax_step(acc, m, l, logits, v, scale, PRECISION, CAREFUL)
 
     # Pass 2: the history, most important keys first, until the tile gains nothing more.
@@ -187,7 +196,7 @@ def _tile(
         seen = until
         going = (judged >= threshold) & (seen < limit)
 
-    out = tl.where(l[:, None] > 0, acc / l[:, None], l[:, None] * 0)
+    out = tl.where(l[:, None] > 0, acc / l[:, None], l[:, None] * 0) * value_scale
     tl.store(
         Out + row[:, None] * stride_o_token + head.to(tl.int64) * stride_o_head + d[None, :],
         out.to(Out.dtype.element_ty), mask=valid[:, None] & inside,
@@ -204,7 +213,8 @@ def _tile(
 def _attend(
     Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Report,
     stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
-    stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head, stride_table, scale,
+    stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head, stride_table,
+    scale, value_scale,
     PAGE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, INTERVAL: tl.constexpr, WORST_ROW: tl.constexpr,
     ORDERED: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr,
@@ -214,7 +224,7 @@ def _attend(
         Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Report,
         stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
         stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head, stride_table, scale,
-        PAGE, GROUP, D, BLOCK_D, TILE, BLOCK, UNIT, INTERVAL, WORST_ROW, ORDERED, S, PRECISION, False, 1,
+        value_scale, PAGE, GROUP, D, BLOCK_D, TILE, BLOCK, UNIT, INTERVAL, WORST_ROW, ORDERED, S, PRECISION, False, 1,
     )  # fmt: skip
 
 
@@ -223,7 +233,8 @@ def _attend_marked(
     Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Report,
     num_works, num_heads,
     stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
-    stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head, stride_table, scale,
+    stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head, stride_table,
+    scale, value_scale,
     PAGE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, INTERVAL: tl.constexpr, WORST_ROW: tl.constexpr,
     ORDERED: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
@@ -245,7 +256,7 @@ def _attend_marked(
                     Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Report,
                     stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
                     stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head,
-                    stride_table, scale,
+                    stride_table, scale, value_scale,
                     PAGE, GROUP, D, BLOCK_D, TILE, BLOCK, UNIT, INTERVAL, WORST_ROW, ORDERED, S, PRECISION, True,
                     PARTS,
                 )  # fmt: skip
@@ -272,14 +283,15 @@ def launch(query: torch.Tensor, tile_size: int, interval: int) -> Launch:
     head_size = query.shape[2]
     size = block_dim(head_size)
     rule = dict(block=64, num_warps=8 if tile_size * size >= 128 * 128 else 4, num_stages=3 if size <= 128 else 2)
-    if tile_size == 128 and query.dtype.itemsize == 2:
+    if tile_size == 128 and query.dtype.itemsize <= 2:
         rule |= tuned.options("prefill", head_size, query.device)
     return Launch(**rule | {"block": math.gcd(interval, rule["block"])})
 
 
 def attend(
     query, key_cache, value_cache, block_table, segments, tiles, slots, order, thresholds, out,
-    *, scale: float, key_block: int, stop_interval: int, stop_rule: str, tile_size: int, options: Launch | None = None,
+    *, scale: float, key_block: int, stop_interval: int, stop_rule: str, tile_size: int, value_scale: float = 1.0,
+    options: Launch | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`naive.attend` on the device. Returns the visited pairs, [num_tiles, num_heads] int32.
 
@@ -293,17 +305,17 @@ def attend(
     )
     tensors = (query, key_cache, value_cache, block_table, segments, tiles, slots, order, thresholds, out, report)
     _attend[(num_heads, len(tiles))](
-        *_arguments(*tensors), *_strides(query, key_cache, value_cache, block_table, out), scale * LOG2E,
+        *_arguments(*tensors), *_strides(query, key_cache, value_cache, block_table, out), scale * LOG2E, value_scale,
         BLOCK=options.block, num_warps=options.num_warps, num_stages=options.num_stages,
         **_constants(query, key_cache, order, **rules),
     )  # fmt: skip
-    attend_marked(*tensors, scale=scale, **rules)
+    attend_marked(*tensors, scale=scale, value_scale=value_scale, **rules)
     return report[..., 0]
 
 
 def attend_marked(
     query, key_cache, value_cache, block_table, segments, tiles, slots, order, thresholds, out, report,
-    *, scale: float, key_block: int, stop_interval: int, stop_rule: str, tile_size: int,
+    *, scale: float, value_scale: float, key_block: int, stop_interval: int, stop_rule: str, tile_size: int,
 ) -> None:  # fmt: skip
     """Compute the tiles that `report` marks again, with care, into out and report."""
     num_works = report.shape[0] * report.shape[1]
@@ -314,7 +326,7 @@ def attend_marked(
     # No pipeline and small blocks: it must fit wherever the kernel fits that marks the tiles, and is not to be fast.
     _attend_marked[(triton.cdiv(num_works, LOOKED_AT.value),)](
         *_arguments(*tensors), num_works, report.shape[1],
-        *_strides(query, key_cache, value_cache, block_table, out), scale * LOG2E,
+        *_strides(query, key_cache, value_cache, block_table, out), scale * LOG2E, value_scale,
         BLOCK=math.gcd(key_block * stop_interval, 32), PARTS=report.shape[2] - 1, num_warps=8, num_stages=1,
         **_constants(query, key_cache, order, **rules),
     )  # fmt: skip

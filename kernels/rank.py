@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from . import naive
-from .common import block_dim, dot_precision, shared_memory, split_slot
+from .common import block_dim, dot_precision, shared_memory, split_slot, wide
 from .tables import MAX_SCORED_TOGETHER, SORT_BLOCK, SPREAD_KEYS, table_words
 
 SCORE_KEYS = 128
@@ -58,14 +58,14 @@ def _pool(
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     squares = tl.zeros([ROWS, BLOCK_D], tl.float32)
     # Around one of the queries: squares around 0 would drown a small variance in a large mean.
-    origin = tl.load(Query + query_row * stride_token + d, mask=d < D, other=0)
+    origin = tl.load(Query + query_row * stride_token + d, mask=d < D, other=0.0)
     origin = _in_bounds(origin.to(tl.float32))
     for start in range(0, num_queries, ROWS):
         row = start + tl.arange(0, ROWS)
         at = Query + (query_row + row)[:, None] * stride_token + d[None, :]  # of one head after the other
         mask = (row < num_queries)[:, None] & (d < D)[None, :]
         for _ in tl.static_range(GROUP):
-            query = _in_bounds(tl.load(at, mask=mask, other=0).to(tl.float32))
+            query = _in_bounds(tl.load(at, mask=mask, other=0.0).to(tl.float32))
             apart = tl.where(mask, query - origin[None, :], 0.0)
             total += apart
             squares += apart * apart
@@ -93,7 +93,7 @@ def _scores(
     page = tl.load(table + key // PAGE, mask=known, other=0)
     row = page.to(tl.int64) * stride_block + (key % PAGE) * stride_token + kv_head.to(tl.int64) * stride_head
     mask = known[None, :] & (d < D)[:, None]
-    keys = tl.load(Keys + row[None, :] + (d * stride_dim)[:, None], mask=mask, other=0)
+    keys = tl.load(Keys + row[None, :] + (d * stride_dim)[:, None], mask=mask, other=0.0).to(mean.dtype)
     squares = keys.to(tl.float32)
     squares = (squares * squares).to(variance.dtype)
     spread = tl.sqrt(tl.dot(variance, squares, input_precision=PRECISION))
@@ -296,12 +296,12 @@ def _guide(
         page, within = split_slot(tl.load(ranking + i, mask=i < best, other=0), PAGE)
         row = page * stride_block + within * stride_token + kv_head.to(tl.int64) * stride_head
         at = Keys + row[:, None] + (d * stride_dim)[None, :]
-        total += tl.load(at, mask=(i < best)[:, None] & (d < D)[None, :], other=0).to(tl.float32)
+        total += tl.load(at, mask=(i < best)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
     guide = tl.sum(total, 0) / tl.maximum(best, 1)
     for start in range(0, num_queries, ROWS):
         i = start + tl.arange(0, ROWS)
         at = Query + (query_row + i)[:, None] * stride_q_token + head.to(tl.int64) * stride_q_head + d[None, :]
-        q = tl.load(at, mask=(i < num_queries)[:, None] & (d < D)[None, :], other=0).to(tl.float32)
+        q = tl.load(at, mask=(i < num_queries)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
         product = tl.where(history > 0, tl.sum(q * guide[None, :], 1), 0.0)
         out = Products + (segment * tl.num_programs(1) + head) * S + i
         tl.store(out, product, mask=i < num_queries)
@@ -309,7 +309,7 @@ def _guide(
 
 def score_options(query, together: int, shared: int) -> dict:
     """Tiles of the kernels that score keys, for segments that are scored `together` at most, within `shared` bytes."""
-    width = block_dim(query.shape[2]) * query.element_size()
+    width = block_dim(query.shape[2]) * wide(query.dtype).itemsize
     segments = max(together, 16)
     return dict(
         SEGMENTS=segments, KEYS=SCORE_KEYS * SCORE_ROW // max(width, SCORE_ROW), PRECISION=dot_precision(query),
@@ -348,10 +348,10 @@ def rank_keys(
     begin_mean = pairs * num_blocks * num_classes
     begin_variance = begin_mean + pairs * head_size
     begin_spread = begin_variance + pairs * head_size
-    counts, mean = tables[:begin_mean], tables[begin_mean:begin_variance].view(query.dtype)
+    counts, mean = tables[:begin_mean], tables[begin_mean:begin_variance].view(wide(query.dtype))
     # Squares of fp16 numbers do not fit fp16.
-    wide = torch.float32 if query.dtype == torch.float32 else torch.bfloat16
-    variance = tables[begin_variance:begin_spread].view(wide)
+    squares = torch.float32 if query.dtype == torch.float32 else torch.bfloat16
+    variance = tables[begin_variance:begin_spread].view(squares)
     spread = tables[begin_spread:].view(torch.float32)
     dims = dict(D=head_size, BLOCK_D=block_dim(head_size))
     _pool[(count, num_kv_heads)](

@@ -62,7 +62,7 @@ def test_plain_layers_have_no_problem(plain):
         ({"attn_type": AttentionType.ENCODER_ONLY}, "encoder or cross attention"),
         ({"attn_type": AttentionType.ENCODER_DECODER}, "encoder or cross attention"),
         ({"attn_type": "encoder_only"}, "encoder or cross attention"),
-        ({"kv_cache_dtype": "fp8"}, "quantised KV cache (fp8)"),
+        ({"kv_cache_dtype": "fp8"}, "quantised KV cache (fp8 on a CPU)"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "quantised KV cache (fp8_e5m2)"),
         ({"total_cp_world_size": 2}, "context parallelism"),
         ({"dcp_world_size": 2}, "context parallelism"),
@@ -98,6 +98,45 @@ def test_a_layer_that_vllm_marks_as_a_drafts_is_one():
 @pytest.mark.parametrize("isa", compat.CPU_LAYOUTS)
 def test_known_layouts_are_no_problem(isa):
     assert compat.layer_problem(impl(), SimpleNamespace(isa=isa)) is None
+
+
+def gpu(monkeypatch, capability: int) -> None:
+    platform = SimpleNamespace(is_cuda=lambda: True, has_device_capability=lambda wanted: capability >= wanted)
+    monkeypatch.setattr("vllm.platforms.current_platform", platform)
+
+
+def quantised_layer(scales: int = 1) -> SimpleNamespace:
+    tensors = {f"_{name}_scale": torch.ones(scales) for name in "qkv"}
+    return SimpleNamespace(**tensors, _q_scale_float=0.25, _k_scale_float=0.5, _v_scale_float=4.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "scales", "reason"),
+    [
+        ("fp8", 90, 1, None),
+        ("fp8_e4m3", 89, 1, None),
+        ("fp8", 80, 1, "fp8 on a GPU without fp8"),
+        ("fp8", 90, 8, "fp8 with a scale per head"),
+        ("fp8_e5m2", 90, 1, "fp8_e5m2"),
+        ("int8_per_token_head", 90, 1, "int8_per_token_head"),
+    ],
+)
+def test_a_quantised_cache_on_a_gpu(monkeypatch, kind, capability, scales, reason):
+    gpu(monkeypatch, capability)
+    expected = reason and f"quantised KV cache ({reason})"
+    assert compat.layer_problem(impl(kv_cache_dtype=kind), quantised_layer(scales)) == expected
+
+
+def test_types_and_factors_of_a_quantised_cache():
+    """As vLLM says: queries come in fp8 to an implementation that asks for them so."""
+    fp8 = impl(kv_cache_dtype="fp8", supports_quant_query_input=True)
+    assert compat.kernel_dtypes(fp8) == (torch.float8_e4m3fn, torch.float8_e4m3fn)
+    assert compat.kernel_dtypes(impl(kv_cache_dtype="fp8")) == (None, torch.float8_e4m3fn)
+    assert compat.kernel_dtypes(impl()) == (None, None)
+    query = torch.zeros(1, dtype=torch.float8_e4m3fn)
+    assert compat.scales(fp8, quantised_layer(), query) == (0.125, 4.0)
+    assert compat.scales(fp8, quantised_layer(), query.bfloat16()) == (0.5, 4.0)
+    assert compat.scales(impl(), SimpleNamespace(), query) == (1.0, 1.0)
 
 
 # -- steps ------------------------------------------------------------------------------------------------------------

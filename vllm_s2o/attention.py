@@ -83,11 +83,14 @@ def stages(implementation: Implementation, device: torch.device) -> ModuleType |
     return SimpleNamespace(rank_keys=rank.rank_keys, order_queries=rank.order_queries, attend=prefill.attend)
 
 
-def describe(device: torch.device, dtype: torch.dtype, num_kv_heads: int, head_size: int, params: S2OParams) -> str:
-    """What computes a model's layers on a device, for the log."""
+def describe(
+    device: torch.device, dtype: torch.dtype, num_kv_heads: int, head_size: int, params: S2OParams,
+    cache: torch.dtype | None = None,
+) -> str:  # fmt: skip
+    """What computes a model's layers on a device, for the log; `cache` is the caches' type if it is another one."""
     if device.type != "cuda":
         return "the CPU path"
-    return f"kernels ({stages('auto', device).describe(device, dtype, num_kv_heads, head_size, params)})"
+    return f"kernels ({stages('auto', device).describe(device, dtype, num_kv_heads, head_size, params, cache)})"
 
 
 def plan_step(
@@ -184,6 +187,7 @@ def run(
     *,
     thresholds: torch.Tensor | None = None,
     workspace: Sequence[torch.Tensor] | None = None,
+    value_scale: float = 1.0,
     implementation: Implementation = "auto",
     lap: Callable[[], None] | None = None,
 ) -> torch.Tensor:
@@ -191,7 +195,8 @@ def run(
 
     Returns the visited pairs, [num_seqs, num_heads] int64. Nothing here waits for the device, and with `thresholds`
     (one of `device_thresholds`) nothing is copied to it. `lap` is called before each wave, after its ranking, and after
-    its attention.
+    its attention. Queries may be fp8 beside caches that are: `scale` then holds
+    their factor and that of the keys, and `out` has the model's type.
     """
     num_heads = query.shape[1]
     stage = stages(implementation, query.device)
@@ -214,7 +219,7 @@ def run(
         pairs = stage.attend(
             query, key_cache, value_cache, block_table, tables.segments, tables.tiles, slots, order, thresholds, out,
             scale=scale, key_block=params.key_block, stop_interval=params.stop_interval,
-            stop_rule=params.stop_rule, tile_size=params.tile_size,
+            stop_rule=params.stop_rule, tile_size=params.tile_size, value_scale=value_scale,
         )  # fmt: skip
         visited.index_add_(0, tables.tile_seqs, pairs.long())
         if lap is not None:
@@ -224,18 +229,21 @@ def run(
 
 @functools.cache
 def warm_up(
-    num_heads: int, cache_shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, params: S2OParams
-) -> str | None:
+    num_heads: int, cache_shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, params: S2OParams,
+    query_dtype: torch.dtype | None = None, cache_dtype: torch.dtype | None = None,
+) -> str | None:  # fmt: skip
     """Compile what the kernels need before the first request does, on a cache of zeros.
 
     Args:
         cache_shape: (block_size, num_kv_heads, head_size)
+        query_dtype, cache_dtype: where they are not the model's `dtype`.
 
     Returns:
         Why the kernels cannot run on this GPU, or None.
     """
     from triton.runtime.errors import OutOfResources
 
+    given = (num_heads, cache_shape, dtype, device, params, query_dtype, cache_dtype)
     block_size, num_kv_heads, head_size = cache_shape
     # No kernel depends on thresholds, and a list of them counts the model's heads, not this rank's.
     params = params.model_copy(update={"threshold": 0.0})
@@ -243,14 +251,15 @@ def warm_up(
         params = params.model_copy(update={"segment_len": params.tile_size})
     length = 3 * params.segment_len
     blocks = -(-length // block_size)
-    query = torch.zeros(length, num_heads, head_size, dtype=dtype, device=device)
-    cache = torch.zeros(blocks, *cache_shape, dtype=dtype, device=device)
+    query = torch.zeros(length, num_heads, head_size, dtype=query_dtype or dtype, device=device)
+    out = torch.empty(query.shape, dtype=dtype, device=device)
+    cache = torch.zeros(blocks, *cache_shape, dtype=cache_dtype or dtype, device=device)
     block_table = torch.arange(blocks, dtype=torch.int32, device=device)[None]
 
     def compile_all() -> None:
         for query_len in (params.segment_len, length):  # scores of one segment and of several are separate kernels
             plan = to_device(plan_step([query_len], [length], params, num_kv_heads), device)
-            run(query[:query_len], cache, cache, block_table, plan, params, 1.0, torch.empty_like(query[:query_len]))
+            run(query[:query_len], cache, cache, block_table, plan, params, 1.0, out[:query_len])
 
     kernels = stages("auto", device)
     try:
@@ -262,13 +271,13 @@ def warm_up(
             kernels.give_up(f"they do not compile here ({type(error).__name__})")
             # What was compiled before counted on the Gluon kernels too.
             warm_up.cache_clear()
-            again, _warmed[:] = [*_warmed, (num_heads, cache_shape, dtype, device, params)], []
-            return [warm_up(*given) for given in again][-1]
+            again, _warmed[:] = [*_warmed, given], []
+            return [warm_up(*one) for one in again][-1]
         if not isinstance(error, OutOfResources):
             raise
         sizes = f"head size {head_size} with tile_size={params.tile_size} and key_block={params.key_block}"
         return f"{sizes} needs {error.required} of {error.name}, this GPU has {error.limit}"
-    _warmed.append((num_heads, cache_shape, dtype, device, params))
+    _warmed.append(given)
     return None
 
 
@@ -287,6 +296,8 @@ def prefill_attention(
     scale: float,
     params: S2OParams,
     out: torch.Tensor | None = None,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
     return_stats: bool = False,
     implementation: Implementation = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, Stats]:
@@ -294,12 +305,14 @@ def prefill_attention(
 
     Args:
         query: [num_tokens, num_heads, head_size], bf16, fp16 or fp32: the last tokens of each sequence, packed.
-        key_cache, value_cache: [num_blocks, block_size, num_kv_heads, head_size], same dtype, any strides.
+        key_cache, value_cache: [num_blocks, block_size, num_kv_heads, head_size], same dtype or fp8 (e4m3), any
+            strides.
         block_table: [num_seqs, max_blocks] int32. Entries beyond a sequence's length are not read.
         query_start_loc: [num_seqs + 1] int32, ascending from 0 to num_tokens.
         seq_lens: [num_seqs] int32, the new tokens included.
         scale: factor on the logits, as a rule head_size ** -0.5.
         params: threshold, segment length and the rest; `threshold=0` computes dense attention.
+        key_scale, value_scale: what the numbers of fp8 caches are multiplied by to be keys and values.
         out: written in place where given, shaped and typed like query, its last dimension dense.
         return_stats: also return the visited and the causal pairs.
         implementation: "auto" takes the fastest kernels on a GPU ("cuda"; "triton" are those that run everywhere, in
@@ -314,7 +327,9 @@ def prefill_attention(
     The lengths are read on the host once to plan the step, which waits for the device; a server plans
     from lengths it already has (`plan_step`, `to_device`, `run`).
     """
-    _check(query, key_cache, value_cache, block_table, query_start_loc, seq_lens, scale, out)
+    _check(
+        query, key_cache, value_cache, block_table, query_start_loc, seq_lens, scale, key_scale, value_scale, out
+    )  # fmt: skip
     _check_params(params, query.shape[1])
     _require(
         not (implementation == "triton" and query.dtype == torch.bfloat16 and query.device.type == "cpu"),
@@ -333,8 +348,8 @@ def prefill_attention(
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
         visited = run(
-            query, key_cache, value_cache, block_table, to_device(plan, query.device), params, scale, out,
-            implementation=implementation,
+            query, key_cache, value_cache, block_table, to_device(plan, query.device), params, scale * key_scale,
+            out, value_scale=value_scale, implementation=implementation,
         )  # fmt: skip
     if not return_stats:
         return out
@@ -349,7 +364,8 @@ def _require(condition: bool, message: str) -> None:
 
 def _check(
     query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, block_table: torch.Tensor,
-    query_start_loc: torch.Tensor, seq_lens: torch.Tensor, scale: float, out: torch.Tensor | None,
+    query_start_loc: torch.Tensor, seq_lens: torch.Tensor, scale: float, key_scale: float, value_scale: float,
+    out: torch.Tensor | None,
 ) -> None:  # fmt: skip
     _require(query.dim() == 3, f"query must be [num_tokens, num_heads, head_size], got {list(query.shape)}")
     _require(
@@ -368,10 +384,14 @@ def _check(
         f"the {num_heads} query heads must be a multiple of the {num_kv_heads} KV heads",
     )
     _require(
-        query.dtype in DTYPES and query.dtype == key_cache.dtype == value_cache.dtype,
-        "query, key_cache and value_cache must share one dtype of bfloat16, float16 and float32, "
-        f"got {query.dtype}, {key_cache.dtype} and {value_cache.dtype}",
+        query.dtype in DTYPES
+        and key_cache.dtype == value_cache.dtype
+        and key_cache.dtype in (query.dtype, torch.float8_e4m3fn),
+        "query, key_cache and value_cache must share one dtype of bfloat16, float16 and float32, or both caches be "
+        f"float8_e4m3fn, got {query.dtype}, {key_cache.dtype} and {value_cache.dtype}",
     )
+    for name, factor in (("key_scale", key_scale), ("value_scale", value_scale)):
+        _require(factor > 0, f"{name} must be above 0, got {factor}")
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         reach = max((cache.shape[1] - 1) * cache.stride(1), (head_size - 1) * cache.stride(3))
         _require(reach < 2**31, f"{name}'s strides reach {reach} elements within a block, supported are 2^31 - 1")

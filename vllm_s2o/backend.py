@@ -128,7 +128,9 @@ class S2OMetadataBuilder(DENSE_BUILDER):
         if device.type == "cuda" and self.s2o_layers:
             shape = (kv_cache_spec.block_size, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
             for num_heads in sorted({layer.impl.num_heads for layer in self.s2o_layers}):
-                wrong = attention.warm_up(num_heads, shape, vllm_config.model_config.dtype, device, self.s2o.params)
+                dtypes = compat.kernel_dtypes(self.s2o_layers[0].impl)
+                dtype = vllm_config.model_config.dtype
+                wrong = attention.warm_up(num_heads, shape, dtype, device, self.s2o.params, *dtypes)
                 problem = problem or wrong
         dense: dict[str, list[str]] = {}
         for layer in ours:
@@ -145,7 +147,8 @@ class S2OMetadataBuilder(DENSE_BUILDER):
             for line in self.s2o.describe(self.s2o_min_query):
                 say_once(line)
             spec, dtype = self.kv_cache_spec, self.vllm_config.model_config.dtype
-            path = attention.describe(self.device, dtype, spec.num_kv_heads, spec.head_size, self.s2o.params)
+            cache = compat.kernel_dtypes(self.s2o_layers[0].impl)[1]
+            path = attention.describe(self.device, dtype, spec.num_kv_heads, spec.head_size, self.s2o.params, cache)
             line = f"{self.num_sparse} of {len(self.s2o_layers)} attention layers take {path} for long prefills"
             say_once(line, logging.INFO if self.num_sparse else logging.WARNING)
             server = place.here()
@@ -336,9 +339,11 @@ class S2OImpl(DENSE_IMPL):
         buffers = work.plan.buffers((self.num_kv_heads, self.head_size), params.num_classes)
         workspace = compat.reserve_workspace(*buffers)
         clock = work.step.clock(query.device)
+        of_logits, of_values = compat.scales(self, layer, query)
         visited = attention.run(
-            query, key_cache, value_cache, block_table, work.plan, params, self.scale, output,
-            thresholds=work.thresholds.get(layer.layer_name), workspace=workspace, lap=clock and clock.lap,
+            query, key_cache, value_cache, block_table, work.plan, params, self.scale * of_logits, output,
+            thresholds=work.thresholds.get(layer.layer_name), workspace=workspace, value_scale=of_values,
+            lap=clock and clock.lap,
         )  # fmt: skip
         if work.step.sparse_layer(visited):
             report(work.step)

@@ -344,8 +344,8 @@ def layer_problem(impl, layer) -> str | None:
         return "attention sinks"
     if str(getattr(impl.attn_type, "value", impl.attn_type)) != "decoder":
         return "encoder or cross attention"
-    if impl.kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
-        return f"quantised KV cache ({impl.kv_cache_dtype})"
+    if impl.kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32") and (problem := quantised(impl, layer)):
+        return f"quantised KV cache ({problem})"
     if getattr(impl, "total_cp_world_size", 1) > 1 or getattr(impl, "dcp_world_size", 1) > 1:
         return "context parallelism"
     if impl.head_size > MAX_HEAD_SIZE:
@@ -503,6 +503,42 @@ def _sorted_by_tokens(query_lens: Sequence[int], scheduled: dict[str, int]) -> l
     return [next(rows.get(length, iter(())), "") for length in query_lens]
 
 
+def quantised(impl, layer) -> str | None:
+    """Why a layer's quantised cache cannot be read, or None."""
+    from vllm.platforms import current_platform
+
+    if impl.kv_cache_dtype not in FP8_CACHES:
+        return impl.kv_cache_dtype
+    if not current_platform.is_cuda():  # CPU_ATTN packs such pages in ways of its own
+        return f"{impl.kv_cache_dtype} on a CPU"
+    if not current_platform.has_device_capability(89):
+        return f"{impl.kv_cache_dtype} on a GPU without fp8"
+    if any(getattr(layer, name).numel() > 1 for name in ("_q_scale", "_k_scale", "_v_scale")):
+        return f"{impl.kv_cache_dtype} with a scale per head"
+    return None
+
+
+FP8_CACHES = ("fp8", "fp8_e4m3")
+
+
+def kernel_dtypes(impl) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """Types of queries and caches where they are not the model's."""
+    import torch
+
+    if impl.kv_cache_dtype not in FP8_CACHES:
+        return None, None
+    # vLLM quantises queries before an implementation that says so.
+    return torch.float8_e4m3fn if getattr(impl, "supports_quant_query_input", False) else None, torch.float8_e4m3fn
+
+
+def scales(impl, layer, query: torch.Tensor) -> tuple[float, float]:
+    """Factors on the logits and on the result, of a quantised cache."""
+    if impl.kv_cache_dtype not in FP8_CACHES:
+        return 1.0, 1.0
+    of_query = layer._q_scale_float if query.element_size() == 1 else 1.0
+    return of_query * layer._k_scale_float, layer._v_scale_float
+
+
 # -- one step ---------------------------------------------------------------------------------------------------------
 
 
@@ -623,5 +659,7 @@ CPU_LAYOUTS = {"vec": _plain_cpu, "vec16": _plain_cpu, "amx": _amx_cpu}
 def caches(layer, impl, kv_cache: torch.Tensor, block_table: torch.Tensor):
     """(key_cache, value_cache, block_table) for `attention.run`."""
     if kv_cache.is_cuda:
+        if (stored := kernel_dtypes(impl)[1]) is not None:  # vLLM keeps bytes
+            kv_cache = kv_cache.view(stored)
         return *cuda_caches(kv_cache, impl.head_size), block_table
     return CPU_LAYOUTS[getattr(layer, "isa", None) or impl.isa](kv_cache, block_table)
