@@ -42,7 +42,7 @@ export PYTHONSAFEPATH = 1
 SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .ONESHELL:
-.PHONY: help serve serve-command check test test-fast test-matrix test-peers bench bench-attention bench-serving quality frontier tasks \
+.PHONY: help serve serve-command check test test-fast test-matrix test-peers bench bench-attention bench-serving quality frontier tasks docs \
 	needs-gpu install discard clean
 
 help: ## list what there is to make
@@ -125,6 +125,9 @@ tasks: $(INSTALLED) $(if $(OURS),$(SMOLLM2)/prepared.txt) ## scores on RULER's t
 	@.venv/bin/pip install --quiet --disable-pip-version-check --editable ".[bench]"
 	.venv/bin/python -P -m vllm_s2o.quality.tasks $(MODEL) --out benchmarks/results/tasks.csv \
 		--plot benchmarks/results/tasks.png $(ASKED) $(ARGS)
+
+docs: $(INSTALLED) ## write docs/config.md anew
+	@.venv/bin/python -P -m vllm_s2o.config_reference > docs/config.md
 
 needs-gpu:
 	@[ -n "$(GPU)" ] || { echo "make bench needs an NVIDIA GPU, and nvidia-smi finds none." >&2; exit 1; }

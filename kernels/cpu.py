@@ -26,7 +26,7 @@ def rank_keys(
     slots = torch.full((num_slots,), -1, dtype=torch.int32)
     table = segments.tolist()
     # [num_segments, num_kv_heads, head_size] each, over the queries of all heads that share the keys
-    queries = [query[s[QUERY_ROW] : s[QUERY_ROW] + s[NUM_QUERIES]].float() for s in table]
+    queries = [naive.in_bounds(query[s[QUERY_ROW] : s[QUERY_ROW] + s[NUM_QUERIES]].float()) for s in table]
     queries = [q.unflatten(1, (num_kv_heads, -1)).transpose(1, 2).flatten(0, 1) for q in queries]
     means = torch.stack([q.mean(0) for q in queries])
     variances = torch.stack([q.var(0, correction=0) for q in queries])
@@ -106,11 +106,15 @@ class _Segment:
         before_m, before_l = self.m[active], self.l[active]
         m = torch.maximum(before_m, logits.amax(-1))
         origin = torch.where(m == -math.inf, 0.0, m)
+        finite = values.isfinite().all()
+        seen = None if finite else (logits > -math.inf).flatten(0, 1)
         p = logits.sub_(origin[..., None]).exp_()
         keep = torch.exp(before_m - origin)
         l = before_l * keep + p.sum(-1)
         self.m[active], self.l[active] = m, l
-        self.acc[active] = self.acc[active].mul_(keep[..., None]).add_((p.flatten(0, 1) @ values).view(*m.shape, -1))
+        p = p.flatten(0, 1)
+        added = p @ values if seen is None else naive.weighted(p, values, seen)
+        self.acc[active] = self.acc[active].mul_(keep[..., None]).add_(added.view(*m.shape, -1))
 
     def still_gaining(self, active: torch.Tensor, m: torch.Tensor, l: torch.Tensor, blocks: int) -> torch.Tensor:
         """Whose last step of some key blocks gained enough; m and l are the active tiles' before it."""

@@ -15,6 +15,8 @@ When a tile stops, the gathering warps are blocks ahead. The halves leave the nu
 not use. Before block n + STAGES each gathering warp has waited for a buffer that was freed after n was left: so they
 leave the tile together, though some may see the number a block earlier than others, and only spare the copy then.
 The halves free what was gathered in vain.
+
+A tile whose result is not finite is marked, and computed again by `prefill.attend_marked`.
 """
 
 import math
@@ -32,12 +34,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import naive, tuned
-from .prefill import LOG2E
+from .prefill import CALM, LOG2E, attend_marked
 
 # Triton 3.9 has another name for it.
 copy_rows = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 
 _SHARE = gl.constexpr(naive.STEP_SHARE)
+_CALM = gl.constexpr(CALM.value)
 GATHER_THREADS = gl.constexpr(128)
 ROWS = gl.constexpr(64)
 """Query rows of a warp group."""
@@ -81,7 +84,7 @@ def _announce(
         tasks.index(task + 7).store(gl.full([1], work, gl.int32, one))
         row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         d = gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
-        at = Query + query_row.to(gl.int64) * stride_q_token + head * stride_q_head
+        at = Query + query_row.to(gl.int64) * stride_q_token + head.to(gl.int64) * stride_q_head
         for half in gl.static_range(HALVES):
             # What lies beyond the tile repeats its last row, and is not stored.
             mine = gl.minimum(half * ROWS + row, rows - 1)
@@ -296,7 +299,7 @@ def _judge(gain, verdict, met, round, half, HALVES: gl.constexpr, WORST_ROW: gl.
 
 @gluon.jit
 def _visit(
-    half, queries, Out, Visited, Thresholds, num_heads, stride_o_token, stride_o_head, scale,
+    half, queries, Out, Report, Thresholds, num_heads, stride_o_token, stride_o_head, scale,
     buffers, barriers, tasks, task_full, task_free, verdict, met,
     D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
     UNIT: gl.constexpr, INTERVAL: gl.constexpr, WORST_ROW: gl.constexpr,
@@ -410,15 +413,19 @@ def _visit(
             mbarrier.arrive(v_free.index(b % STAGES), count=1)
         base = gathered
 
-        total = gl.convert_layout(l, gl.SliceLayout(1, ACC))
+        # A row that must be computed again shows it, whether in its sum, in its values or in its maximum.
+        total = gl.convert_layout(gl.where(gl.abs(m) < _CALM, l, float("nan")), gl.SliceLayout(1, ACC))
         result = gl.where(total[:, None] > 0, acc / total[:, None], total[:, None] * 0)
         out_row = half * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, ACC))
         d = gl.arange(0, D, gl.SliceLayout(0, ACC))
-        at = Out + query_row.to(gl.int64) * stride_o_token + head * stride_o_head
+        at = Out + query_row.to(gl.int64) * stride_o_token + head.to(gl.int64) * stride_o_head
         at = at + out_row[:, None] * stride_o_token + d[None, :]
         gl.store(at, result.to(Out.dtype.element_ty), mask=(out_row < rows)[:, None])
+        mark = gl.max(gl.max(gl.where(gl.abs(result) < float("inf"), 0, 1), 1), 0)
+        report = Report + work * (1 + HALVES)
+        gl.store(report + 1 + half, mark)
         if half == 0:
-            gl.store(Visited + work, rows * (query_pos - history + 1) + rows * (rows - 1) // 2 + seen * rows)
+            gl.store(report, rows * (query_pos - history + 1) + rows * (rows - 1) // 2 + seen * rows)
 
         turn += 1
         mbarrier.wait(task_full.index(turn & 1), (turn >> 1) & 1)
@@ -427,7 +434,7 @@ def _visit(
 
 @gluon.jit(do_not_specialize=["stride_table", "num_works"])
 def _attend(
-    Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Thresholds, Out, Visited, Next, num_works, num_heads,
+    Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Thresholds, Out, Report, Next, num_works, num_heads,
     stride_q_token, stride_q_head, stride_block, stride_token, stride_k_head, stride_v_head,
     stride_o_token, stride_o_head, stride_table, scale,
     PAGE: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, HALVES: gl.constexpr, BLOCK: gl.constexpr,
@@ -474,7 +481,7 @@ def _attend(
                 (
                     _visit,
                     (
-                        0, queries, Out, Visited, Thresholds, num_heads, stride_o_token, stride_o_head, scale,
+                        0, queries, Out, Report, Thresholds, num_heads, stride_o_token, stride_o_head, scale,
                         buffers, barriers, tasks, task_full, task_free, verdict, met,
                         D, BLOCK, STAGES, HALVES, UNIT, INTERVAL, WORST_ROW,
                     ),
@@ -498,7 +505,7 @@ def _attend(
                 (
                     _visit,
                     (
-                        0, queries, Out, Visited, Thresholds, num_heads, stride_o_token, stride_o_head, scale,
+                        0, queries, Out, Report, Thresholds, num_heads, stride_o_token, stride_o_head, scale,
                         buffers, barriers, tasks, task_full, task_free, verdict, met,
                         D, BLOCK, STAGES, HALVES, UNIT, INTERVAL, WORST_ROW,
                     ),
@@ -506,7 +513,7 @@ def _attend(
                 (
                     _visit,
                     (
-                        1, queries, Out, Visited, Thresholds, num_heads, stride_o_token, stride_o_head, scale,
+                        1, queries, Out, Report, Thresholds, num_heads, stride_o_token, stride_o_head, scale,
                         buffers, barriers, tasks, task_full, task_free, verdict, met,
                         D, BLOCK, STAGES, HALVES, UNIT, INTERVAL, WORST_ROW,
                     ),
@@ -558,7 +565,7 @@ def unsuitable(query, key_cache, value_cache, ordered: bool, tile_size: int, int
     if interval % 32:  # blocks are whole between two tests; smaller ones were never run
         return f"a stop test every {interval} keys"
     strides = (key_cache.stride(), value_cache.stride())
-    if strides[0][3] != 1 or strides[0][:2] != strides[1][:2]:
+    if strides[0][3] != 1 or strides[0][:2] != strides[1][:2] or max(strides[0] + strides[1]) >= 2**31:
         return "cache strides"
     # Rows are copied in pieces of 16 bytes, which Triton believes of strides that are multiples of 16, and addressed in
     # such steps, of which 32 bits count 64 GiB.
@@ -582,14 +589,14 @@ def attend(
     block_size, num_kv_heads = key_cache.shape[1:3]
     if options is None:  # tuned for tiles of 128 rows
         options = Launch(**tuned.options("hopper", head_size, query.device)) if tile_size == 128 else Launch()
-    visited = torch.empty(len(tiles), num_heads, dtype=torch.int32, device=query.device)
+    halves, num_works = tile_size // ROWS.value, len(tiles) * num_heads
+    report = torch.empty(len(tiles), num_heads, 1 + halves, dtype=torch.int32, device=query.device)
     taken = torch.zeros(1, dtype=torch.int32, device=query.device)
     strides = key_cache.stride()
-    halves = tile_size // ROWS.value
     programs = options.programs or torch.cuda.get_device_properties(query.device).multi_processor_count
-    _attend[(min(programs, visited.numel()),)](
-        query, key_cache, value_cache, block_table, segments, tiles, slots, thresholds, out, visited, taken,
-        visited.numel(), num_heads,
+    _attend[(min(programs, num_works),)](
+        query, key_cache, value_cache, block_table, segments, tiles, slots, thresholds, out, report, taken,
+        num_works, num_heads,
         query.stride(0), query.stride(1), strides[0], strides[1], strides[2], value_cache.stride(2),
         out.stride(0), out.stride(1), block_table.stride(0), scale * LOG2E,
         PAGE=block_size, GROUP=num_heads // num_kv_heads, D=head_size, HALVES=halves,
@@ -599,4 +606,8 @@ def attend(
         # The warps of all roles start with equal shares.
         maxnreg=min(65536 // (128 * (halves + 1)) // 8 * 8, 248),
     )  # fmt: skip
-    return visited
+    attend_marked(
+        query, key_cache, value_cache, block_table, segments, tiles, slots, None, thresholds, out, report,
+        scale=scale, key_block=key_block, stop_interval=stop_interval, stop_rule=stop_rule, tile_size=tile_size,
+    )  # fmt: skip
+    return report[..., 0]

@@ -14,6 +14,10 @@ A stage has the same name and arguments here, in `cpu.py` and in the Triton file
 Arguments that only the device needs (sizes known to the host, workspace) are accepted and ignored here.
 
 A *slot* is a token's place in the cache: block * block_size + offset in the block.
+
+What is not finite stays where dense attention would have it, row by row: a query's NaN in its row, a value's in the
+rows that see its key. It takes no part in a ranking, and a row that is NaN gains nothing, so that it holds no tile
+back.
 """
 
 import math
@@ -26,7 +30,7 @@ SEQ, QUERY_ROW, QUERY_POS, NUM_QUERIES, HISTORY, VISIT_LIMIT, OFFSET = range(7)
 NUM_GUIDE_KEYS = 256
 
 # Scores are brought into this range before they are compared, so that NaN and Inf keep the ranking a permutation
-# and squares stay finite.
+# and squares stay finite. What is not inside it, of queries as of scores, has no say in how the others are ranked.
 SCORE_BOUND = 1e15
 
 # A key matters if one of the segment's queries reaches it, though their mean may not. The logits of a key spread over
@@ -76,11 +80,18 @@ def importance_classes(scores: torch.Tensor, num_classes: int) -> torch.Tensor:
     """Classes of scores, [history] in the order of positions; class 0 holds the highest, and the first tokens."""
     scores = torch.where(scores.isnan(), -SCORE_BOUND, scores).clamp(-SCORE_BOUND, SCORE_BOUND)
     sample = scores[FIRST_TOKENS::SAMPLE_EVERY]
+    sample = sample[sample.abs() < SCORE_BOUND]
+    sample = sample if len(sample) else scores.new_zeros(1)
     mean, deviation = sample.mean(), sample.std(correction=0)
     above = torch.sigmoid(-LOGISTIC * (scores - mean) / deviation.clamp(min=1e-20))
     classes = (num_classes * above.sqrt()).clamp(max=num_classes - 1).int()
     classes[:FIRST_TOKENS] = 0
     return classes
+
+
+def in_bounds(queries: torch.Tensor) -> torch.Tensor:
+    """0 for each number that is NaN, infinite or out of all proportion."""
+    return torch.where(queries.abs() < SCORE_BOUND, queries, 0.0)
 
 
 def importance(keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
@@ -89,6 +100,7 @@ def importance(keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     Args:
         keys: [history, head_size] fp32; queries: [num_queries, head_size] fp32, of all heads that share the keys.
     """
+    queries = in_bounds(queries)
     spread = keys.square() @ queries.var(0, correction=0)
     return keys @ queries.mean(0) + DEVIATIONS * spread.sqrt()
 
@@ -145,6 +157,19 @@ def order_queries(query, key_cache, segments, slots, segment_len: int) -> torch.
     return order
 
 
+def weighted(weights: torch.Tensor, values: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """weights [rows, keys] times values [keys, head_size]; a value that is not finite is for rows that see its key
+    only.
+
+    A plain product would give it to all of them: 0 times NaN is NaN.
+    """
+    bad = ~values.isfinite()
+    if not bad.any():
+        return weights @ values
+    product = weights @ values.masked_fill(bad, 0.0)
+    return product.masked_fill(seen.float() @ bad.float() > 0, math.nan)
+
+
 class Softmax:
     """The online softmax of one tile: running maximum m, mass l and weighted values acc of each row."""
 
@@ -159,7 +184,7 @@ class Softmax:
         origin = torch.where(m == -math.inf, 0.0, m)  # a row that has seen nothing yet stays empty
         p, keep = torch.exp(logits - origin[:, None]), torch.exp(self.m - origin)
         self.m, self.l = m, self.l * keep + p.sum(1)
-        self.acc = self.acc * keep[:, None] + p @ values
+        self.acc = self.acc * keep[:, None] + weighted(p, values, logits > -math.inf)
 
     def output(self) -> torch.Tensor:
         return torch.where(self.l[:, None] > 0, self.acc / self.l[:, None], self.l[:, None] * 0)
@@ -245,6 +270,7 @@ def dense_attention(query, key_cache, value_cache, block_table, query_start_loc,
         visible = keys[None, :] <= keys[seq_len - (starts[seq + 1] - starts[seq]) :, None]
         for head in range(query.shape[1]):
             logits = query[rows, head].float() @ read_rows(key_cache, lie, head // group).T * scale
-            weights = logits.masked_fill(~visible, -math.inf).softmax(1)
-            out[rows, head] = weights @ read_rows(value_cache, lie, head // group)
+            logits = logits.masked_fill(~visible, -math.inf)
+            values = read_rows(value_cache, lie, head // group)
+            out[rows, head] = weighted(logits.softmax(1), values, logits > -math.inf)
     return out

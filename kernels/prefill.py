@@ -3,10 +3,18 @@
 One program owns a tile of query rows of one head. Pass 1 walks the segment's own keys in order;
 pass 2 walks the ranked history and gathers K and V rows straight from the paged cache. The stop test
 stands outside the inner loop: a `for` is software-pipelined by Triton, a `while` is not.
+
+Products of whole blocks are fast, and wrong where a number is not finite: a value's NaN would reach the rows before it,
+because 0 times NaN is NaN, and huge logits lose their maximum to the rounding of a fused multiplication. Such a tile
+shows it in its result. It is marked, and a second kernel computes the marked tiles again, with care. There are none as
+a rule, so the first kernel pays for a look at each result, and the second for reading a number or two of each tile.
+
+What a kernel reports of a tile stands in `report`, int32 [num_tiles, num_heads, 1 + parts]: the pairs visited, and for
+each part that computes rows of the tile by itself a mark, above 0 where the tile must be computed again.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,6 +26,13 @@ from .common import block_dim, dot_precision, split_slot
 LOG2E = 1.4426950408889634
 
 _SHARE = tl.constexpr(naive.STEP_SHARE)
+
+CALM = tl.constexpr(2.0**22)
+"""Largest maximum of scaled logits that a fast tile may end with. A fused multiplication and subtraction leaves half a
+unit in the last place of the maximum as an exponent: here a quarter, at 2^31 more than float32 holds."""
+
+LOOKED_AT = tl.constexpr(128)
+"""Tiles of one head each that one program of the second kernel looks at."""
 
 
 @triton.jit
@@ -32,13 +47,29 @@ def _load_rows(head, at, d_offsets, known, inside, KNOWN: tl.constexpr, INSIDE: 
 
 
 @triton.jit
-def _softmax_step(acc, m, l, logits, values, scale, PRECISION: tl.constexpr):
-    """One block of the online softmax, in base 2; `scale` is positive."""
-    m_new = tl.maximum(m, tl.max(logits, 1) * scale)
-    origin = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(logits * scale - origin[:, None])
-    keep = tl.exp2(m - origin)
-    acc = tl.dot(p.to(values.dtype), values, acc * keep[:, None], input_precision=PRECISION)
+def _finite(x):
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def _softmax_step(acc, m, l, logits, values, scale, PRECISION: tl.constexpr, CAREFUL: tl.constexpr):
+    """One block of the online softmax, in base 2; `scale` is positive. With care the maximum `m` is not scaled."""
+    if CAREFUL:
+        m_new = tl.maximum(m, tl.max(logits, 1))
+        origin = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2((logits - origin[:, None]) * scale)
+        keep = tl.exp2((m - origin) * scale)
+        # `naive.weighted`
+        known = _finite(values.to(tl.float32))
+        acc = tl.dot(p.to(values.dtype), tl.where(known, values, 0.0), acc * keep[:, None], input_precision=PRECISION)
+        seen, bad = (logits > float("-inf")).to(values.dtype), tl.where(known, 0.0, 1.0).to(values.dtype)
+        acc = tl.where(tl.dot(seen, bad, input_precision=PRECISION) > 0, float("nan"), acc)
+    else:
+        m_new = tl.maximum(m, tl.max(logits, 1) * scale)
+        origin = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(logits * scale - origin[:, None])
+        keep = tl.exp2(m - origin)
+        acc = tl.dot(p.to(values.dtype), values, acc * keep[:, None], input_precision=PRECISION)
     return acc, m_new, l * keep + tl.sum(p, 1)
 
 
@@ -47,6 +78,7 @@ def _visit(
     q, acc, m, l, k_head, v_head, ranking, start, until, k_dim, v_dim, inside, scale,
     stride_k_block, stride_k_token, stride_v_block, stride_v_token,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, INSIDE: tl.constexpr, PRECISION: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """One block of the ranked history; WHOLE: all of its keys exist."""
     n = start + tl.arange(0, BLOCK)
@@ -58,19 +90,20 @@ def _visit(
     if not WHOLE:
         logits = tl.where(known[None, :], logits, float("-inf"))
     v = _load_rows(v_head, page * stride_v_block + within * stride_v_token, v_dim, known, inside, WHOLE, INSIDE)
-    return _softmax_step(acc, m, l, logits, v, scale, PRECISION)
+    return _softmax_step(acc, m, l, logits, v, scale, PRECISION, CAREFUL)
 
 
-@triton.jit(do_not_specialize=["stride_table"])
-def _attend(
-    Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Visited,
+@triton.jit
+def _tile(
+    head, tile, num_heads,
+    Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Report,
     stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
     stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head, stride_table, scale,
     PAGE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, INTERVAL: tl.constexpr, WORST_ROW: tl.constexpr,
-    ORDERED: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr,
+    ORDERED: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    head, tile = tl.program_id(0), tl.program_id(1)
+    """One tile of query rows of one head."""
     kv_head = head // GROUP
     segment = tl.load(Tiles + tile * 3)
     first = tl.load(Tiles + tile * 3 + 1)
@@ -84,7 +117,7 @@ def _attend(
     valid = i < rows
     rank = first + i
     if ORDERED:
-        rank = tl.load(Order + (segment * tl.num_programs(0) + head) * S + rank, mask=valid, other=0)
+        rank = tl.load(Order + (segment * num_heads + head) * S + rank, mask=valid, other=0)
         end = query_pos + tl.load(Segments + segment * 7 + 3)
     else:
         end = query_pos + first + rows
@@ -95,7 +128,7 @@ def _attend(
     inside = (d < D)[None, :]
     k_dim, v_dim = (d * stride_k_dim)[None, :], (d * stride_v_dim)[None, :]
     q = tl.load(
-        Query + row[:, None] * stride_q_token + head * stride_q_head + d[None, :],
+        Query + row[:, None] * stride_q_token + head.to(tl.int64) * stride_q_head + d[None, :],
         mask=valid[:, None] & inside, other=0,
     )  # fmt: skip
     k_head = Keys + kv_head.to(tl.int64) * stride_k_head
@@ -114,7 +147,7 @@ def _attend(
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         logits = tl.where(key[None, :] <= position[:, None], logits, float("-inf"))
         v = _load_rows(v_head, page * stride_v_block + within * stride_v_token, v_dim, key < end, inside, False, INSIDE)
-        acc, m, l = _softmax_step(acc, m, l, logits, v, scale, PRECISION)
+        acc, m, l = _softmax_step(acc, m, l, logits, v, scale, PRECISION, CAREFUL)
 
     # Pass 2: the history, most important keys first, until the tile gains nothing more.
     limit = tl.load(Segments + segment * 7 + 5)
@@ -126,18 +159,28 @@ def _attend(
         m_before, l_before = m, l
         step = INTERVAL * UNIT * tl.maximum(seen // (INTERVAL * UNIT * _SHARE), 1)
         until = tl.minimum(seen + step, limit)
-        whole = seen + (until - seen) // BLOCK * BLOCK
-        for start in range(seen, whole, BLOCK):
-            acc, m, l = _visit(
-                q, acc, m, l, k_head, v_head, ranking, start, until, k_dim, v_dim, inside, scale,
-                stride_k_block, stride_k_token, stride_v_block, stride_v_token, PAGE, BLOCK, True, INSIDE, PRECISION,
-            )  # fmt: skip
-        if whole < until:
-            acc, m, l = _visit(
-                q, acc, m, l, k_head, v_head, ranking, whole, until, k_dim, v_dim, inside, scale,
-                stride_k_block, stride_k_token, stride_v_block, stride_v_token, PAGE, BLOCK, False, INSIDE, PRECISION,
-            )  # fmt: skip
-        gain = 1 - l_before * tl.exp2(m_before - m) / l
+        if CAREFUL:  # every block is masked: less to compile, for what hardly ever runs
+            for start in range(seen, until, BLOCK):
+                acc, m, l = _visit(
+                    q, acc, m, l, k_head, v_head, ranking, start, until, k_dim, v_dim, inside, scale,
+                    stride_k_block, stride_k_token, stride_v_block, stride_v_token,
+                    PAGE, BLOCK, False, INSIDE, PRECISION, CAREFUL,
+                )  # fmt: skip
+        else:
+            whole = seen + (until - seen) // BLOCK * BLOCK
+            for start in range(seen, whole, BLOCK):
+                acc, m, l = _visit(
+                    q, acc, m, l, k_head, v_head, ranking, start, until, k_dim, v_dim, inside, scale,
+                    stride_k_block, stride_k_token, stride_v_block, stride_v_token,
+                    PAGE, BLOCK, True, INSIDE, PRECISION, CAREFUL,
+                )  # fmt: skip
+            if whole < until:
+                acc, m, l = _visit(
+                    q, acc, m, l, k_head, v_head, ranking, whole, until, k_dim, v_dim, inside, scale,
+                    stride_k_block, stride_k_token, stride_v_block, stride_v_token,
+                    PAGE, BLOCK, False, INSIDE, PRECISION, CAREFUL,
+                )  # fmt: skip
+        gain = 1 - l_before * tl.exp2((m_before - m) * scale if CAREFUL else m_before - m) / l
         # A NaN row gains nothing, rounding must not look like a loss, and rows that pad the tile have no say.
         gain = tl.where((gain > 0) & valid, gain, 0.0) / tl.cdiv(until - seen, UNIT)
         judged = tl.max(gain, 0) if WORST_ROW else tl.sum(gain, 0) / rows
@@ -146,11 +189,66 @@ def _attend(
 
     out = tl.where(l[:, None] > 0, acc / l[:, None], l[:, None] * 0)
     tl.store(
-        Out + row[:, None] * stride_o_token + head * stride_o_head + d[None, :],
+        Out + row[:, None] * stride_o_token + head.to(tl.int64) * stride_o_head + d[None, :],
         out.to(Out.dtype.element_ty), mask=valid[:, None] & inside,
     )  # fmt: skip
     pairs = tl.sum(tl.where(valid, position - history + 1, 0), 0) + seen * rows
-    tl.store(Visited + tile * tl.num_programs(0) + head, pairs)
+    report = Report + (tile * num_heads + head) * (1 + PARTS)
+    tl.store(report, pairs)
+    if not CAREFUL:
+        well = _finite(out) & (tl.abs(m) < CALM)[:, None]
+        tl.store(report + 1, tl.max(tl.max(tl.where(well, 0, 1), 1), 0))
+
+
+@triton.jit(do_not_specialize=["stride_table"])
+def _attend(
+    Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Report,
+    stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
+    stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head, stride_table, scale,
+    PAGE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, INTERVAL: tl.constexpr, WORST_ROW: tl.constexpr,
+    ORDERED: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    _tile(
+        tl.program_id(0), tl.program_id(1), tl.num_programs(0),
+        Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Report,
+        stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
+        stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head, stride_table, scale,
+        PAGE, GROUP, D, BLOCK_D, TILE, BLOCK, UNIT, INTERVAL, WORST_ROW, ORDERED, S, PRECISION, False, 1,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["stride_table", "num_works"])
+def _attend_marked(
+    Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Report,
+    num_works, num_heads,
+    stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
+    stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head, stride_table, scale,
+    PAGE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, INTERVAL: tl.constexpr, WORST_ROW: tl.constexpr,
+    ORDERED: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """The marked ones of some neighbouring tiles, one after the other."""
+    first = tl.program_id(0) * LOOKED_AT
+    looked_at = first + tl.arange(0, LOOKED_AT)
+    marked = tl.zeros([LOOKED_AT], tl.int32)
+    for part in tl.static_range(PARTS):
+        marked += tl.load(Report + looked_at * (1 + PARTS) + 1 + part, mask=looked_at < num_works, other=0)
+    if tl.max(marked, 0) > 0:
+        for work in range(first, tl.minimum(first + LOOKED_AT, num_works)):
+            mark = tl.load(Report + work * (1 + PARTS) + 1)
+            if PARTS == 2:
+                mark += tl.load(Report + work * (1 + PARTS) + 2)
+            if mark > 0:
+                _tile(
+                    work % num_heads, work // num_heads, num_heads,
+                    Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Report,
+                    stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
+                    stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head,
+                    stride_table, scale,
+                    PAGE, GROUP, D, BLOCK_D, TILE, BLOCK, UNIT, INTERVAL, WORST_ROW, ORDERED, S, PRECISION, True,
+                    PARTS,
+                )  # fmt: skip
 
 
 class Launch(NamedTuple):
@@ -187,18 +285,56 @@ def attend(
 
     `tile_size` is the most rows that a tile has. The last dimension of query and out must be dense, `scale` positive.
     """
-    num_heads, head_size = query.shape[1:]
-    block_size, num_kv_heads = key_cache.shape[1:3]
-    visited = torch.empty(len(tiles), num_heads, dtype=torch.int32, device=query.device)
+    num_heads = query.shape[1]
+    report = torch.empty(len(tiles), num_heads, 2, dtype=torch.int32, device=query.device)
     options = options or launch(query, tile_size, key_block * stop_interval)
+    rules: dict[str, Any] = dict(
+        key_block=key_block, stop_interval=stop_interval, stop_rule=stop_rule, tile_size=tile_size
+    )
+    tensors = (query, key_cache, value_cache, block_table, segments, tiles, slots, order, thresholds, out, report)
     _attend[(num_heads, len(tiles))](
-        query, key_cache, value_cache, block_table, segments, tiles, slots,
-        slots if order is None else order, thresholds, out, visited,
-        query.stride(0), query.stride(1), *key_cache.stride(), *value_cache.stride(),
-        out.stride(0), out.stride(1), block_table.stride(0), scale * LOG2E,
-        PAGE=block_size, GROUP=num_heads // num_kv_heads, D=head_size, BLOCK_D=block_dim(head_size),
-        TILE=tile_size, BLOCK=options.block, UNIT=key_block, INTERVAL=stop_interval, WORST_ROW=stop_rule == "worst_row",
-        ORDERED=order is not None, S=1 if order is None else order.shape[2], PRECISION=dot_precision(query),
-        num_warps=options.num_warps, num_stages=options.num_stages,
+        *_arguments(*tensors), *_strides(query, key_cache, value_cache, block_table, out), scale * LOG2E,
+        BLOCK=options.block, num_warps=options.num_warps, num_stages=options.num_stages,
+        **_constants(query, key_cache, order, **rules),
     )  # fmt: skip
-    return visited
+    attend_marked(*tensors, scale=scale, **rules)
+    return report[..., 0]
+
+
+def attend_marked(
+    query, key_cache, value_cache, block_table, segments, tiles, slots, order, thresholds, out, report,
+    *, scale: float, key_block: int, stop_interval: int, stop_rule: str, tile_size: int,
+) -> None:  # fmt: skip
+    """Compute the tiles that `report` marks again, with care, into out and report."""
+    num_works = report.shape[0] * report.shape[1]
+    rules: dict[str, Any] = dict(
+        key_block=key_block, stop_interval=stop_interval, stop_rule=stop_rule, tile_size=tile_size
+    )
+    tensors = (query, key_cache, value_cache, block_table, segments, tiles, slots, order, thresholds, out, report)
+    # No pipeline and small blocks: it must fit wherever the kernel fits that marks the tiles, and is not to be fast.
+    _attend_marked[(triton.cdiv(num_works, LOOKED_AT.value),)](
+        *_arguments(*tensors), num_works, report.shape[1],
+        *_strides(query, key_cache, value_cache, block_table, out), scale * LOG2E,
+        BLOCK=math.gcd(key_block * stop_interval, 32), PARTS=report.shape[2] - 1, num_warps=8, num_stages=1,
+        **_constants(query, key_cache, order, **rules),
+    )  # fmt: skip
+
+
+def _arguments(query, key_cache, value_cache, block_table, segments, tiles, slots, order, *written) -> tuple:
+    """A kernel's tensors; without an order of queries it takes any other one in its place."""
+    order = slots if order is None else order
+    return (query, key_cache, value_cache, block_table, segments, tiles, slots, order, *written)
+
+
+def _strides(query, key_cache, value_cache, block_table, out) -> tuple[int, ...]:
+    caches = (*key_cache.stride(), *value_cache.stride())
+    return (query.stride(0), query.stride(1), *caches, out.stride(0), out.stride(1), block_table.stride(0))
+
+
+def _constants(query, key_cache, order, key_block: int, stop_interval: int, stop_rule: str, tile_size: int) -> dict:
+    num_heads, head_size = query.shape[1:]
+    return dict(
+        PAGE=key_cache.shape[1], GROUP=num_heads // key_cache.shape[2], D=head_size, BLOCK_D=block_dim(head_size),
+        TILE=tile_size, UNIT=key_block, INTERVAL=stop_interval, WORST_ROW=stop_rule == "worst_row",
+        ORDERED=order is not None, S=1 if order is None else order.shape[2], PRECISION=dot_precision(query),
+    )  # fmt: skip

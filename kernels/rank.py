@@ -40,6 +40,12 @@ _FIRST = tl.constexpr(naive.FIRST_TOKENS)
 
 
 @triton.jit
+def _in_bounds(queries):
+    """`naive.in_bounds`."""
+    return tl.where(tl.abs(queries) < _BOUND, queries, 0.0)
+
+
+@triton.jit
 def _pool(
     Query, Segments, Mean, Variance, num_kv_heads, stride_token, stride_head,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
@@ -47,24 +53,26 @@ def _pool(
     segment, kv_head = tl.program_id(0), tl.program_id(1)
     query_row = tl.load(Segments + segment * 7 + 1).to(tl.int64)
     num_queries = tl.load(Segments + segment * 7 + 3)
+    Query += kv_head.to(tl.int64) * GROUP * stride_head
     d = tl.arange(0, BLOCK_D)
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     squares = tl.zeros([ROWS, BLOCK_D], tl.float32)
     # Around one of the queries: squares around 0 would drown a small variance in a large mean.
-    origin = tl.load(Query + query_row * stride_token + kv_head * GROUP * stride_head + d, mask=d < D, other=0)
-    origin = origin.to(tl.float32)
+    origin = tl.load(Query + query_row * stride_token + d, mask=d < D, other=0)
+    origin = _in_bounds(origin.to(tl.float32))
     for start in range(0, num_queries, ROWS):
         row = start + tl.arange(0, ROWS)
-        at = Query + (query_row + row)[:, None] * stride_token + d[None, :]
+        at = Query + (query_row + row)[:, None] * stride_token + d[None, :]  # of one head after the other
         mask = (row < num_queries)[:, None] & (d < D)[None, :]
-        for head in tl.static_range(GROUP):
-            query = tl.load(at + (kv_head * GROUP + head) * stride_head, mask=mask, other=0).to(tl.float32)
+        for _ in tl.static_range(GROUP):
+            query = _in_bounds(tl.load(at, mask=mask, other=0).to(tl.float32))
             apart = tl.where(mask, query - origin[None, :], 0.0)
             total += apart
             squares += apart * apart
+            at += stride_head
     step = tl.sum(total, 0) / (num_queries * GROUP)
     variance = tl.sum(squares, 0) / (num_queries * GROUP) - step * step
-    variance = tl.where(variance < 0, 0.0, variance)  # rounding; a NaN stays one
+    variance = tl.maximum(variance, 0.0)  # rounding
     at = (segment * num_kv_heads + kv_head) * D + d
     tl.store(Mean + at, (origin + step).to(Mean.dtype.element_ty), mask=d < D)
     tl.store(Variance + at, variance.to(Variance.dtype.element_ty), mask=d < D)
@@ -130,7 +138,7 @@ def _spread(
                 Mean, Variance, Keys, table, segment, present, key, key < longest, kv_head, num_kv_heads,
                 stride_block, stride_token, stride_head, stride_dim, PAGE, D, BLOCK_D, PRECISION,
             )  # fmt: skip
-            visible = key[None, :] < history[:, None]
+            visible = (key[None, :] < history[:, None]) & (tl.abs(scores) < _BOUND)
             # Each block around its own mean, then joined: one sum of squares would drown in a large common offset.
             n_here = tl.sum(visible.to(tl.float32), 1)
             mean_here = tl.sum(tl.where(visible, scores, 0.0), 1) / tl.maximum(n_here, 1)
@@ -292,7 +300,7 @@ def _guide(
     guide = tl.sum(total, 0) / tl.maximum(best, 1)
     for start in range(0, num_queries, ROWS):
         i = start + tl.arange(0, ROWS)
-        at = Query + (query_row + i)[:, None] * stride_q_token + head * stride_q_head + d[None, :]
+        at = Query + (query_row + i)[:, None] * stride_q_token + head.to(tl.int64) * stride_q_head + d[None, :]
         q = tl.load(at, mask=(i < num_queries)[:, None] & (d < D)[None, :], other=0).to(tl.float32)
         product = tl.where(history > 0, tl.sum(q * guide[None, :], 1), 0.0)
         out = Products + (segment * tl.num_programs(1) + head) * S + i

@@ -17,7 +17,7 @@ def table() -> dict[str, tuple[set[str], set[str]]]:
     """Rows of the table by the names in their first column."""
     section = TEXT.partition("## Who may import whom")[2].partition("\n## ")[0]
     cells = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
-    return {" ".join(names(room)): (names(ours), names(others)) for room, ours, others in cells}
+    return {" ".join(sorted(names(room))): (names(ours), names(others)) for room, ours, others in cells}
 
 
 def names(cell: str) -> set[str]:

@@ -53,6 +53,10 @@ def platform(monkeypatch):
             assert not compat.is_s2o(selected_backend), "vLLM's platform does not know the name"
             return {"plain": "vllm.CPUAttentionBackend", "mla": "vllm.MLABackend"}[selector_config]
 
+        @classmethod
+        def validate_request(cls, processed_inputs, params):
+            cls.seen.append(params)
+
         def is_cpu(self):
             return True
 
@@ -71,6 +75,8 @@ def config(backend="S2O") -> SimpleNamespace:
         attention_config=SimpleNamespace(backend=AttentionBackendEnum[backend] if backend else None),
         model_config=SimpleNamespace(**traits),
         speculative_config=None,
+        kv_transfer_config=None,
+        parallel_config=SimpleNamespace(distributed_executor_backend="mp"),
         additional_config={},
     )
 

@@ -5,18 +5,19 @@ import time
 import pytest
 import torch
 
-from vllm_s2o.stats import Prefill, Reporter, Step, Totals, prefills
+from vllm_s2o.stats import Laps, Prefill, Reporter, Step, Totals, prefills
 
 
-def step(query_lens=(100, 50), seq_lens=(300, 50), causal_pairs=1000, num_layers=3) -> Step:
-    return Step(list(query_lens), list(seq_lens), causal_pairs, num_layers)
+def step(query_lens=(100, 50), seq_lens=(300, 50), causal_pairs=(800, 200), num_layers=3, **fields) -> Step:
+    rows = tuple(range(len(query_lens)))
+    return Step(list(query_lens), list(seq_lens), list(causal_pairs), num_layers, rows, **fields)
 
 
-def finished(visited: int, causal: int = 1000, heads: int = 2, tokens: int = 100) -> tuple[Step, int]:
+def finished(visited: int, causal: int = 1000, heads: int = 2, tokens: int = 100) -> tuple[Step, list[int]]:
     """A step of one sparse layer, and the pairs that its heads visited together."""
-    done = step([tokens], [tokens], causal, num_layers=1)
+    done = step([tokens], [tokens], [causal], num_layers=1)
     assert done.sparse_layer(torch.tensor([[visited // heads] * heads]))
-    return done, visited
+    return done, [visited]
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def test_a_step_is_done_with_its_last_layer():
     assert not counted.dense_layer()
     assert counted.sparse_layer(torch.tensor([[10, 20], [30, 40]]))
     assert (counted.done, counted.sparse, counted.heads) == (3, 2, 4)
-    assert counted.visited == 113
+    assert counted.visited.tolist() == [42, 71]
 
 
 def test_a_step_keeps_its_figures_on_the_device():
@@ -47,7 +48,7 @@ def test_a_step_keeps_its_figures_on_the_device():
 def test_a_line_says_all(clock):
     lines = []
     reporter = Reporter(lines.append)
-    counted = step(causal_pairs=1000, num_layers=3)
+    counted = step(num_layers=3)
     counted.sparse_layer(torch.tensor([[300, 500], [0, 0]]))
     counted.dense_layer()
     counted.sparse_layer(torch.tensor([[400, 600], [100, 100]]))
@@ -61,7 +62,7 @@ def test_a_line_says_all(clock):
 def test_a_line_is_read_back(clock):
     lines = []
     Reporter(lines.append).tell(*finished(1500))
-    Reporter(lines.append).tell(step(), 0)
+    Reporter(lines.append).tell(step(), None)
     assert prefills("\n".join(["INFO something else", *lines, ""])) == [
         Prefill((100,), (100,), 0.75, 1, 1, 1500, 2000),
         Prefill((100, 50), (300, 50), 1.0, 0, 3, 0, 0),
@@ -70,7 +71,7 @@ def test_a_line_is_read_back(clock):
 
 def test_a_batch_of_many_rows_stays_short(clock):
     lines = []
-    Reporter(lines.append).tell(step(range(10, 19), range(20, 29)), 0)
+    Reporter(lines.append).tell(step(range(10, 19), range(20, 29), [0] * 9), None)
     assert "query=10,11,12,13,14,15,16,17,... seq=20,21,22,23,24,25,26,27,... " in lines[0]
 
 
@@ -140,6 +141,79 @@ def test_a_step_of_dense_layers_alone(clock):
     assert counted.dense_layer()
     reporter.finish(counted)
     assert "density=1.000 sparse_layers=0/2 | total steps=2 tokens=250 density=0.250" in lines[1]
+
+
+# -- by row -----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_told_apart():
+    """Rows of the batch that are dense have figures of nobody."""
+    told = []
+    reporter = Reporter(lambda line: None, record=lambda *figures: told.append(figures))
+    counted = Step([100, 50], [300, 50], [800, 200], 2, (1, 3), prompts=["one", "other"])
+    counted.sparse_layer(torch.tensor([[0, 0], [100, 300], [0, 0], [20, 30]]))
+    counted.sparse_layer(torch.tensor([[0, 0], [1, 1], [0, 0], [2, 2]]))
+    reporter.finish(counted)
+    assert told == [(counted, [402, 54], [3200, 800])]
+    assert (reporter.totals.visited, reporter.totals.causal) == (456, 4000)
+
+
+def test_a_step_of_dense_layers_has_no_pairs():
+    told = []
+    reporter = Reporter(lambda line: None, record=lambda *figures: told.append(figures))
+    counted = step(num_layers=1)
+    counted.dense_layer()
+    reporter.finish(counted)
+    assert told == [(counted, [0, 0], [0, 0])]
+
+
+def test_the_same_rows_for_other_layers():
+    counted = step(num_layers=1, prompts=["one", "other"], timed=0)
+    counted.sparse_layer(torch.tensor([[1], [2]]))
+    other = counted.again(3)
+    assert (other.num_layers, other.done, other.sparse, other.heads, other.visited) == (3, 0, 0, 0, None)
+    assert (other.query_lens, other.rows, other.prompts) == (counted.query_lens, counted.rows, counted.prompts)
+    assert counted.done == 1
+
+
+# -- time -------------------------------------------------------------------------------------------------------------
+
+
+def test_one_layer_of_a_step_is_timed():
+    counted = step(num_layers=3, timed=1)
+    clocks = []
+    for _ in range(3):
+        clocks.append(counted.clock(torch.device("cpu")))
+        counted.sparse_layer(torch.tensor([[1], [2]]))
+    assert [clock is not None for clock in clocks] == [False, True, False]
+    assert counted.laps is clocks[1]
+
+
+def test_laps_part_ranking_from_the_rest(monkeypatch):
+    now = iter([10.0, 11.0, 14.0, 20.0, 20.5, 22.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    laps = Laps(torch.device("cpu"))
+    for _ in range(6):  # two waves
+        laps.lap()
+    assert laps.seconds() == (1.5, 6.0), "what happens between two waves is neither"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="times a CUDA device")
+def test_laps_on_a_gpu_measure_what_runs_there():
+    laps = Laps(torch.device("cuda"))
+    work = torch.ones(4096, 4096, device="cuda")
+    work @ work
+    torch.cuda.synchronize()
+    laps.lap()
+    for _ in range(20):
+        work @ work
+    laps.lap()
+    work @ work
+    laps.lap()
+    torch.cuda.synchronize()
+    ranking, total = laps.seconds()
+    assert 0 < total - ranking < ranking < total
 
 
 @pytest.mark.gpu

@@ -15,8 +15,10 @@ from vllm_s2o.version import __version__
 if TYPE_CHECKING:
     from vllm_s2o.attention import Stats, prefill_attention
     from vllm_s2o.config import ConfigError, S2OParams
+    from vllm_s2o.metrics.figures import figures
+    from vllm_s2o.metrics.switch import set_switch
 
-__all__ = ["ConfigError", "S2OParams", "Stats", "__version__", "prefill_attention"]
+__all__ = ["ConfigError", "S2OParams", "Stats", "__version__", "figures", "prefill_attention", "set_switch"]
 
 
 class _Beside:
@@ -38,6 +40,8 @@ _HOME = {
     "ConfigError": "vllm_s2o.config",
     "S2OParams": "vllm_s2o.config",
     "Stats": "vllm_s2o.attention",
+    "figures": "vllm_s2o.metrics.figures",
+    "set_switch": "vllm_s2o.metrics.switch",
     "prefill_attention": "vllm_s2o.attention",
 }
 

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import importlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Literal, NamedTuple
@@ -22,6 +22,12 @@ Queries in another order than their positions, which are for experiments, take m
 
 MAX_SLOTS = WORKSPACE_BYTES // 5
 """Each entry is an index (int32) and its importance class (uint8)."""
+
+MAX_SEQ_LEN = 2**24 - 1
+"""Tokens of a sequence: the kernels count a tile's pairs, 128 rows of it at most, in 32 bits."""
+
+MAX_ROW_STRIDE = 2**24
+"""Elements from one token's row of query or out to the next: a tile's 128 rows lie within 2^31."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -179,11 +185,13 @@ def run(
     thresholds: torch.Tensor | None = None,
     workspace: Sequence[torch.Tensor] | None = None,
     implementation: Implementation = "auto",
+    lap: Callable[[], None] | None = None,
 ) -> torch.Tensor:
     """Attend the plan's rows, wave by wave, into `out`; other rows of `out` are left alone.
 
     Returns the visited pairs, [num_seqs, num_heads] int64. Nothing here waits for the device, and with `thresholds`
-    (one of `device_thresholds`) nothing is copied to it.
+    (one of `device_thresholds`) nothing is copied to it. `lap` is called before each wave, after its ranking, and after
+    its attention.
     """
     num_heads = query.shape[1]
     stage = stages(implementation, query.device)
@@ -192,6 +200,8 @@ def run(
     visited = torch.zeros(plan.plan.num_seqs, num_heads, dtype=torch.int64, device=query.device)
     for tables in plan.waves:
         wave = tables.wave
+        if lap is not None:
+            lap()
         slots = stage.rank_keys(
             query, key_cache, block_table, tables.segments, wave.num_slots, params.num_classes,
             max_history=wave.max_history, groups=tables.groups, workspace=workspace,
@@ -199,12 +209,16 @@ def run(
         order = None
         if params.query_order == "guide":
             order = stage.order_queries(query, key_cache, tables.segments, slots, params.segment_len)
+        if lap is not None:
+            lap()
         pairs = stage.attend(
             query, key_cache, value_cache, block_table, tables.segments, tables.tiles, slots, order, thresholds, out,
             scale=scale, key_block=params.key_block, stop_interval=params.stop_interval,
             stop_rule=params.stop_rule, tile_size=params.tile_size,
         )  # fmt: skip
         visited.index_add_(0, tables.tile_seqs, pairs.long())
+        if lap is not None:
+            lap()
     return visited
 
 
@@ -311,8 +325,9 @@ def prefill_attention(
     _check_lengths(starts, query_lens, lens, query.shape[0], block_table.shape[1] * key_cache.shape[1])
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    # The kernels know one stride of each: the caches, which are large, are read with any strides.
-    query = query if query.stride(-1) == 1 else query.contiguous()
+    # The kernels know one stride of each, and count a tile's rows in 32 bits: the caches, which are large, are read
+    # with any strides.
+    query = query if query.stride(-1) == 1 and query.stride(0) < MAX_ROW_STRIDE else query.contiguous()
     block_table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
     plan = plan_step(query_lens, lens, params, key_cache.shape[2])
     # Triton launches on the current device, which need not be the tensors'.
@@ -360,6 +375,8 @@ def _check(
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         reach = max((cache.shape[1] - 1) * cache.stride(1), (head_size - 1) * cache.stride(3))
         _require(reach < 2**31, f"{name}'s strides reach {reach} elements within a block, supported are 2^31 - 1")
+    tokens = key_cache.shape[0] * key_cache.shape[1]
+    _require(tokens < 2**31, f"the caches hold {tokens} tokens, supported are 2^31 - 1")
     num_seqs = seq_lens.shape[0]
     for name, tensor, shape in (
         ("block_table", block_table, (num_seqs, None)),
@@ -386,6 +403,10 @@ def _check(
             f"out must be {query.dtype} {list(query.shape)} like query, got {out.dtype} {list(out.shape)}",
         )
         _require(out.stride(-1) == 1, f"out's last dimension must be dense, its stride is {out.stride(-1)}")
+        _require(
+            out.stride(0) < MAX_ROW_STRIDE,
+            f"out's rows lie {out.stride(0)} elements apart, supported are less than {MAX_ROW_STRIDE}",
+        )
 
 
 def _check_params(params: S2OParams, num_heads: int) -> None:
@@ -412,3 +433,4 @@ def _check_lengths(starts: list[int], query_lens: list[int], lens: list[int], nu
             f"sequence {seq} has {query_len} queries and length {seq_len}: the length must lie between the queries "
             f"and the {capacity} tokens that its row of block_table holds",
         )
+        _require(seq_len <= MAX_SEQ_LEN, f"sequence {seq} has length {seq_len}, supported are {MAX_SEQ_LEN}")

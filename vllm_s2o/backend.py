@@ -18,11 +18,17 @@ import torch
 
 from vllm_s2o import attention, compat, stats
 from vllm_s2o.config import ResolvedConfig, S2OParams
+from vllm_s2o.metrics import place
+from vllm_s2o.metrics.figures import Recorder
+from vllm_s2o.metrics.prompts import Prompts
 from vllm_s2o.plan import dense_runs, most_segments, workspace_slots
 from vllm_s2o.settings import resolve
 
 logger = compat.logger()
-reporter = stats.Reporter(logger.info)
+recorder = Recorder(logger)
+prompts = Prompts(recorder, logger)
+reporter = stats.Reporter(logger.info, record=prompts.told)
+compat.watch_steps(prompts.begin, prompts.end)
 
 _told: set[str] = set()
 
@@ -95,6 +101,9 @@ DENSE: Any = compat.dense_backend()
 DENSE_BUILDER: Any = DENSE.get_builder_cls()
 DENSE_IMPL: Any = DENSE.get_impl_cls()
 
+# Why a row is dense, as figures have it: the log adds the numbers.
+SHORT, FEW, BEYOND = "below min_seq_len", "below min_query_len", "above max_model_len"
+
 
 class S2OMetadataBuilder(DENSE_BUILDER):
     """The dense builder, and the plan of a step's long prefills."""
@@ -127,6 +136,8 @@ class S2OMetadataBuilder(DENSE_BUILDER):
             if reason is not None:
                 dense.setdefault(reason, []).append(short_name(layer.layer_name))
         self.num_sparse = sum(layer.impl.s2o_params is not None for layer in self.s2o_layers)
+        self.s2o_dense = next(iter(dense), None)
+        self.s2o_steps = 0
         self._introduce(dense)
 
     def _introduce(self, dense: dict[str, list[str]]) -> None:
@@ -137,6 +148,11 @@ class S2OMetadataBuilder(DENSE_BUILDER):
             path = attention.describe(self.device, dtype, spec.num_kv_heads, spec.head_size, self.s2o.params)
             line = f"{self.num_sparse} of {len(self.s2o_layers)} attention layers take {path} for long prefills"
             say_once(line, logging.INFO if self.num_sparse else logging.WARNING)
+            server = place.here()
+            switch = f"; off and on again: vllm-s2o switch off --server {server.pid}" if server else ""
+            say_once(f"config hash {self.s2o.digest()}{switch}")
+            if compat.tensor_parallel()[0] == 0:
+                recorder.start(self.s2o.digest(), self.s2o.source)
         for reason, names in dense.items():
             tell_once(f"{reason} (layers {','.join(names)})")
 
@@ -148,6 +164,8 @@ class S2OMetadataBuilder(DENSE_BUILDER):
             metadata.s2o = self._plan(common_attn_metadata, metadata)
         else:
             metadata.s2o_common = common_attn_metadata  # another group may have to plan, from a copy of this
+            if self.s2o_dense is not None:
+                prompts.note_step(self.s2o_dense, sparse_layers=False)
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata, *args, **kwargs):
@@ -167,9 +185,8 @@ class S2OMetadataBuilder(DENSE_BUILDER):
                 dataclasses.replace(run, metadata=update(run.metadata, blk_table[run.rows], slot_mapping[run.tokens]))
                 for run in work.dense
             )
-            step = dataclasses.replace(
-                work.step, num_layers=len(self.s2o_layers), done=0, sparse=0, heads=0, visited=None
-            )
+            step = work.step.again(len(self.s2o_layers))
+            prompts.expect(step.prompts)
             new.s2o = dataclasses.replace(work, thresholds=self._thresholds(), dense=dense, step=step)
         elif common is not None:  # the group that the metadata was built for is all dense
             own = dataclasses.replace(common, block_table_tensor=blk_table, slot_mapping=slot_mapping)
@@ -179,32 +196,38 @@ class S2OMetadataBuilder(DENSE_BUILDER):
     def _plan(self, common, metadata) -> Work | None:
         # Most steps end here: what a step holds at most tells enough.
         if common.max_seq_len < self.s2o.min_seq_len:
-            tell_once(self.s2o_short)
+            self._all_dense(self.s2o_short, SHORT)
             return None
         if common.max_query_len < self.s2o_min_query:
-            tell_once(self.s2o_few)
+            self._all_dense(self.s2o_few, FEW)
             return None
         lengths = compat.host_lengths(common)
         if lengths is None:
-            tell_once("sequence lengths are not known on the host")
+            self._all_dense("sequence lengths are not known on the host")
             return None
         reason = compat.step_problem(common, metadata)
         if reason is not None:
-            tell_once(reason)
+            self._all_dense(reason)
             return None
         query_lens, seq_lens = lengths
+        owners = prompts.rows(common, query_lens)
+        # A row that may be of a request that is dense by decision is dense.
+        unknown = prompts.kept_dense() if None in owners else None
         sparse = []
-        for row, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
+        for row, (query_len, seq_len, prompt) in enumerate(zip(query_lens, seq_lens, owners, strict=True)):
             if seq_len < self.s2o.min_seq_len:
-                tell_once(self.s2o_short)
+                self._row_dense(prompt, self.s2o_short, SHORT)
             elif query_len < self.s2o_min_query:
-                tell_once(self.s2o_few)
+                self._row_dense(prompt, self.s2o_few, FEW)
             elif seq_len > self.s2o_max_len:
-                tell_once(self.s2o_beyond)
+                self._row_dense(prompt, self.s2o_beyond, BEYOND)
+            elif kept := (prompt.kept_dense if prompt else unknown):
+                self._row_dense(prompt, kept)
             else:
                 sparse.append(row)
         if not sparse:
             return None
+        prompts.note_sparse([owners[row] for row in sparse], [query_lens[row] for row in sparse])
         num_kv_heads = self.kv_cache_spec.num_kv_heads
         plan = attention.plan_step(query_lens, seq_lens, self.s2o.params, num_kv_heads, sparse, self.s2o_slots)
         starts = list(itertools.accumulate(query_lens, initial=0))
@@ -217,10 +240,24 @@ class S2OMetadataBuilder(DENSE_BUILDER):
         step = stats.Step(
             [query_lens[row] for row in sparse],
             [seq_lens[row] for row in sparse],
-            sum(plan.causal_pairs),
+            [plan.causal_pairs[row] for row in sparse],
             len(self.s2o_layers),
+            plan.seqs,
+            [owners[row] for row in sparse],
+            self.s2o_steps % self.num_sparse,
         )
+        self.s2o_steps += 1
+        prompts.expect(step.prompts)
         return Work(attention.to_device(plan, self.device), self._thresholds(), tuple(dense), step)
+
+    def _all_dense(self, told: str, reason: str | None = None) -> None:
+        """Tell why a step is dense; `reason` is the same without a number, for figures."""
+        tell_once(told)
+        prompts.note_step(reason or told)
+
+    def _row_dense(self, prompt, told: str, reason: str | None = None) -> None:
+        tell_once(told)
+        prompts.note_dense(prompt, reason or told)
 
     def _thresholds(self) -> dict[str, torch.Tensor]:
         """Copied before the layers run, so that none of them does."""
@@ -298,9 +335,10 @@ class S2OImpl(DENSE_IMPL):
         key_cache, value_cache, block_table = compat.caches(layer, self, kv_cache, attn_metadata.block_table)
         buffers = work.plan.buffers((self.num_kv_heads, self.head_size), params.num_classes)
         workspace = compat.reserve_workspace(*buffers)
+        clock = work.step.clock(query.device)
         visited = attention.run(
             query, key_cache, value_cache, block_table, work.plan, params, self.scale, output,
-            thresholds=work.thresholds.get(layer.layer_name), workspace=workspace,
+            thresholds=work.thresholds.get(layer.layer_name), workspace=workspace, lap=clock and clock.lap,
         )  # fmt: skip
         if work.step.sparse_layer(visited):
             report(work.step)

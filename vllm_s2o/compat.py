@@ -5,13 +5,14 @@ Written against the sources of vLLM 0.25.1, 0.32.0 and 0.33.0; `make test-matrix
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the command line asks for versions and traits where nothing runs a model
@@ -110,21 +111,24 @@ def uses_s2o(vllm_config) -> bool:
 
 
 def install_hooks(on_config: Callable[[Any], None]) -> None:
-    """Call `on_config` with each configuration that has the flag, and make the flag effective on CPU.
+    """Call `on_config` with each configuration that has the flag, make the flag effective on CPU, and refuse requests
+    that ask for what is not to be had.
 
     vLLM has no hook that lets a general plugin see the configuration before engine processes start,
-    and its CPU platform ignores the flag. Both are methods of the platform, wrapped here.
+    and its CPU platform ignores the flag. All are methods of the platform, wrapped here.
     """
     from vllm.platforms import current_platform
 
     platform = type(current_platform)
     if getattr(platform.check_and_update_config, "s2o", False):
         return
-    check = platform.check_and_update_config
+    check, flagged = platform.check_and_update_config, False
 
     def check_and_update_config(cls, vllm_config) -> None:
+        nonlocal flagged
         check(vllm_config)
         if uses_s2o(vllm_config):
+            flagged = True
             on_config(vllm_config)
 
     hook: Any = check_and_update_config
@@ -144,6 +148,18 @@ def install_hooks(on_config: Callable[[Any], None]) -> None:
             return BACKEND_PATH
 
         platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+    validate = platform.validate_request
+
+    def validate_request(cls, processed_inputs, params, *args, **kwargs) -> None:
+        problem = wish_problem(params) if flagged else None
+        if problem is not None:
+            from vllm.exceptions import VLLMValidationError
+
+            raise VLLMValidationError(problem, parameter="vllm_xargs")
+        validate(processed_inputs, params, *args, **kwargs)
+
+    platform.validate_request = classmethod(validate_request)
 
 
 def batch_invariant() -> bool:
@@ -293,6 +309,13 @@ def tensor_parallel() -> tuple[int, int]:
     return get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
 
 
+def counts_tokens() -> bool:
+    """Whether this rank is the one of its engine's that counts prompts and their tokens, which all ranks see."""
+    from vllm.distributed import get_pp_group
+
+    return tensor_parallel()[0] == 0 and get_pp_group().is_first_rank
+
+
 def reserve_workspace(*shapes_and_dtypes) -> list[torch.Tensor] | None:
     """Buffers from vLLM's workspace manager, which memory profiling knows; None where there is none."""
     from vllm.v1.worker import workspace
@@ -331,6 +354,153 @@ def layer_problem(impl, layer) -> str | None:
     if isa is not None and isa not in CPU_LAYOUTS:
         return f"unknown CPU cache layout ({isa})"
     return None
+
+
+# -- requests ---------------------------------------------------------------------------------------------------------
+
+REQUEST_KEY = "s2o"
+"""Among a request's extra arguments. They reach the ranks with its parameters; attention metadata knows no request."""
+
+
+def _extras(params) -> dict[str, Any]:
+    """A client's `vllm_xargs`, and what a pooling request has in their place."""
+    return getattr(params, "extra_args", None) or getattr(params, "extra_kwargs", None) or {}
+
+
+def wish_problem(params) -> str | None:
+    """Why a client may not ask for this, or None."""
+    given = _extras(params).get(REQUEST_KEY)
+    if given in (None, "dense"):
+        return None
+    return f"The extra argument '{REQUEST_KEY}' of a request cannot be {given!r}; allowed is 'dense'."
+
+
+def follow_requests(admit: Callable[[Any, Any], None], load: bool = False) -> None:
+    """Call `admit` with the configuration and each request that enters an engine with the flag.
+
+    Args:
+        load: make it so in this process; otherwise only if it has an engine, whose module is heavy.
+    """
+    if not load and "vllm.v1.engine.core" not in sys.modules:
+        return
+    from vllm.v1.engine.core import EngineCore
+
+    if getattr(EngineCore.preprocess_add_request, "s2o", False):
+        return
+    preprocess = EngineCore.preprocess_add_request
+
+    def preprocess_add_request(self, request):
+        if uses_s2o(self.vllm_config):
+            admit(self.vllm_config, request)
+        return preprocess(self, request)
+
+    hook: Any = preprocess_add_request
+    hook.s2o = True
+    EngineCore.preprocess_add_request = hook
+
+
+def wish(engine_request) -> Any:
+    """What a request's extra arguments hold for S2O."""
+    return _extras(engine_request.sampling_params or engine_request.pooling_params).get(REQUEST_KEY)
+
+
+def mark(engine_request, value: str | None, salt: str) -> None:
+    """Note a decision among the extra arguments, and keep the request's blocks apart in caches of keys and values."""
+    if value is not None:  # on a copy: requests may share their parameters
+        kind = "sampling_params" if engine_request.sampling_params is not None else "pooling_params"
+        params = copy.copy(getattr(engine_request, kind))
+        extras = "extra_args" if kind == "sampling_params" else "extra_kwargs"
+        setattr(params, extras, _extras(params) | {REQUEST_KEY: value})
+        setattr(engine_request, kind, params)
+    given = engine_request.cache_salt
+    engine_request.cache_salt = f"{salt}-{given}" if given else salt
+
+
+def kv_connectors(vllm_config) -> list[str]:
+    """The connectors through which keys and values leave this engine, or come from elsewhere."""
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None or transfer.kv_connector is None:
+        return []
+    several = transfer.kv_connector_extra_config.get("connectors", ())
+    return [one.get("kv_connector", "unknown") for one in several] or [transfer.kv_connector]
+
+
+SALTED_CONNECTORS = {
+    # Their keys are block hashes, which the salt is part of, or hold the salt itself.
+    *("OffloadingConnector", "SimpleCPUOffloadConnector", "MooncakeStoreConnector", "LMCacheMPConnector"),
+    # They hand a request's blocks to one other engine, and keep none.
+    *("NixlConnector", "NixlPullConnector", "NixlPushConnector", "MooncakeConnector", "MoRIIOConnector"),
+}
+"""Connectors that never mix the blocks of two salts."""
+
+
+def unseen_steps(vllm_config) -> str | None:
+    """Why steps of this engine cannot be told apart by request, or None."""
+    if vllm_config.parallel_config.distributed_executor_backend == "ray":
+        return "under Ray the steps of an engine are not seen"
+    return None
+
+
+def watch_steps(begin: Callable[[Any, Any], None], end: Callable[[], None]) -> None:
+    """Call `begin` with what the scheduler says of a step, and with the model runner, before this process's worker
+    computes it, and `end` after it. Warm-up and dummy batches go another way."""
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    if getattr(WorkerWrapperBase.execute_model, "s2o", False):
+        return
+    execute = WorkerWrapperBase.execute_model
+
+    def execute_model(self, scheduler_output, *args, **kwargs):
+        begin(scheduler_output, self.worker.model_runner)
+        try:
+            return execute(self, scheduler_output, *args, **kwargs)
+        finally:
+            end()
+
+    hook: Any = execute_model
+    hook.s2o = True
+    WorkerWrapperBase.execute_model = hook
+
+
+def mark_of(new_request) -> str | None:
+    """The decision that a request carries."""
+    return _extras(new_request.sampling_params or new_request.pooling_params).get(REQUEST_KEY)
+
+
+def prompt_length(new_request) -> int:
+    """Tokens of a prompt, which may be given as numbers or as embeddings."""
+    if new_request.prompt_token_ids is not None:
+        return len(new_request.prompt_token_ids)
+    return 0 if new_request.prompt_embeds is None else len(new_request.prompt_embeds)
+
+
+def row_requests(runner, common, query_lens: Sequence[int], scheduled: dict[str, int]) -> list[str] | None:
+    """The request of each row of a step, or None where that cannot be told.
+
+    Args:
+        query_lens: of the rows, rows of padding (of length 0) included.
+        scheduled: new tokens of each request of the step, as the scheduler has them.
+    """
+    padding = [""] * len(query_lens)
+    places = getattr(common, "req_idx", None)
+    if places is not None:  # model runner V2, from 0.30 on
+        named = map(runner.req_states.index_to_req_id.get, places.tolist())
+        return [name or "" for name in itertools.islice(itertools.chain(named, padding), len(query_lens))]
+    ids = _sorted_by_tokens(query_lens, scheduled) if hasattr(runner, "req_states") else runner.input_batch.req_ids
+    # A step may be cut into micro-batches, or shared with other ranks: then its rows are not the scheduler's.
+    count = len(scheduled)
+    if list(map(scheduled.get, ids[:count])) != list(query_lens[:count]) or any(query_lens[count:]):
+        return None
+    return [*ids[:count], *padding[count:]]
+
+
+def _sorted_by_tokens(query_lens: Sequence[int], scheduled: dict[str, int]) -> list[str]:
+    """Rows of model runner V2 before 0.30: by new tokens, and those with as many in the scheduler's order."""
+    of_length: dict[int, list[str]] = {}
+    for name, length in scheduled.items():
+        of_length.setdefault(length, []).append(name)
+    rows = {length: iter(names) for length, names in of_length.items()}
+    return [next(rows.get(length, iter(())), "") for length in query_lens]
 
 
 # -- one step ---------------------------------------------------------------------------------------------------------

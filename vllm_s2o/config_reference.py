@@ -3,6 +3,7 @@
 All of it comes from the pydantic models and from the sentences on bad values; nothing is described a second time.
 """
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,24 @@ def field(name: str) -> Field:
     return found
 
 
+def markdown() -> str:
+    """The page docs/config.md; `make docs` writes it."""
+    lines = [
+        "# Config reference",
+        "",
+        "Written by `make docs` from the models in `vllm_s2o/`: the same words as `vllm-s2o config explain`. How a",
+        "file is found, and how options lie over it, is told in the README; which values to choose, in `tuning.md`.",
+        "",
+        "| field | type | allowed | default | meaning |",
+        "|---|---|---|---|---|",
+    ]
+    for one in fields():
+        default = "(required)" if one.required else f"`{json.dumps(one.default)}`"
+        cells = (f"`{one.name}`", one.type, one.allowed, default, one.meaning)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _short(name: str) -> str:
     return name if len(name) <= 80 else name[:77] + "..."
 
@@ -119,3 +138,7 @@ def _type_of(part: dict[str, Any]) -> str:
     """Of a literal's schema, which may list values alone."""
     values = part.get("enum") or [part["const"]]
     return "string" if isinstance(values[0], str) else "integer"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -9,6 +9,13 @@ MLA = "the S2O backend does not support multi-head latent attention (MLA): start
 # What is skipped depends on where a prompt is cut into chunks, and that on the other requests of a step.
 BATCH_INVARIANT = "the S2O backend does not support VLLM_BATCH_INVARIANT: unset it, or start without the flag."
 
+# A cache salt keeps the blocks of one config from those of another, in vLLM's cache and wherever its hashes are keys.
+MIXING = (
+    "s2o: %s may key what it stores by tokens alone, and then gives keys and values of one config, or of dense "
+    "prompts, to another: let only servers with this config use the store, and neither switch S2O off nor ask for "
+    "dense prompts."
+)
+
 
 def register() -> None:
     """Register the backend and watch for the flag. Safe to call any number of times."""
@@ -18,6 +25,7 @@ def register() -> None:
     try:
         compat.register_backend()
         compat.install_hooks(check)
+        compat.follow_requests(admit)
     except Exception:
         # An unsupported vLLM may have moved anything. A server without the flag must start all the same.
         if problem is None:
@@ -43,6 +51,24 @@ def check(vllm_config) -> None:
         config = resolve(vllm_config)
     except ConfigError as error:
         compat.stop(str(error))
+    logger = compat.logger()
     useless = config.no_effect(model_config.max_model_len)
     if useless is not None:
-        compat.logger().warning("s2o: %s", useless)
+        logger.warning("s2o: %s", useless)
+    unseen = compat.unseen_steps(vllm_config)
+    if unseen is not None:
+        logger.warning("s2o: no switch, no dense requests, and figures without requests: %s.", unseen)
+    mixing = sorted(set(compat.kv_connectors(vllm_config)) - compat.SALTED_CONNECTORS)
+    if mixing:
+        logger.warning(MIXING, ", ".join(mixing))
+    from vllm_s2o import metrics
+
+    metrics.begin(str(model_config.model), logger)
+    compat.follow_requests(admit, load=True)
+
+
+def admit(vllm_config, engine_request) -> None:
+    """See `metrics.switch.admit`; imported with the first request."""
+    from vllm_s2o.metrics import switch
+
+    switch.admit(vllm_config, engine_request)

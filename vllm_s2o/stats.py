@@ -5,13 +5,41 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 
 LOG_INTERVAL = 1.0
 """Seconds between two lines about steps, at least; what happens in between is in the totals."""
+
+
+class Laps:
+    """When the stages of a layer began and ended, without waiting for them: events on a GPU, a clock on a CPU."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+
+    def lap(self) -> None:
+        """Before a wave, after its ranking, and after its attention: three for each wave."""
+        if self._cuda:
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+            self._marks.append(mark)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def seconds(self) -> tuple[float, float]:
+        """(ranking, all of it), once everything has run."""
+        ranking = total = 0.0
+        for before, ranked, after in zip(*(self._marks[i::3] for i in range(3)), strict=True):
+            ranking += self._between(before, ranked)
+            total += self._between(before, after)
+        return ranking, total
+
+    def _between(self, first: Any, last: Any) -> float:
+        return first.elapsed_time(last) / 1000 if self._cuda else last - first
 
 
 @dataclass
@@ -21,15 +49,33 @@ class Step:
     query_lens: list[int]
     """Of the rows that may be sparse."""
     seq_lens: list[int]
-    causal_pairs: int
-    """Of these rows, for one head."""
+    causal_pairs: list[int]
+    """Of each of these rows, for one head."""
     num_layers: int
     """Attention layers that will report."""
+    rows: tuple[int, ...]
+    """Which of the batch's they are."""
+    prompts: list[Any] = field(default_factory=list)
+    """Whose they are, for `Reporter`'s `record`."""
+    timed: int | None = None
+    """Which of the sparse layers is timed."""
     done: int = 0
     sparse: int = 0
     heads: int = 0
     visited: torch.Tensor | None = field(default=None, repr=False)
-    """Pairs that the sparse layers visited, summed over rows, heads and layers: int64 scalar on the device."""
+    """Pairs that the sparse layers visited, by row of the batch, summed over heads and layers: int64 on the device."""
+    laps: Laps | None = None
+
+    def again(self, num_layers: int) -> "Step":
+        """The same rows, for other layers."""
+        return replace(self, num_layers=num_layers, done=0, sparse=0, heads=0, visited=None, laps=None)
+
+    def clock(self, device: torch.device) -> Laps | None:
+        """For the sparse layer that is about to run, if its turn has come: one a step."""
+        if self.sparse == self.timed:
+            self.laps = Laps(device)
+            return self.laps
+        return None
 
     def dense_layer(self) -> bool:
         """Note a layer that ran dense. True with the last layer of the step."""
@@ -38,7 +84,7 @@ class Step:
 
     def sparse_layer(self, visited: torch.Tensor) -> bool:
         """Note a layer's visited pairs, [num_seqs, num_heads]. True with the last layer of the step."""
-        total = visited.sum()
+        total = visited.sum(1)
         self.visited = total if self.visited is None else self.visited + total
         self.sparse += 1
         self.heads += visited.shape[1]
@@ -75,8 +121,15 @@ class Reporter:
     that neither the forward pass nor the next step does.
     """
 
-    def __init__(self, log: Callable[[str], None], interval: float = LOG_INTERVAL):
+    def __init__(
+        self,
+        log: Callable[[str], None],
+        interval: float = LOG_INTERVAL,
+        record: Callable[[Step, list[int], list[int]], None] | None = None,
+    ):
+        """`record` gets each step that is done, with the visited and the causal pairs of its rows."""
         self._log = log
+        self._record = record
         self._interval = interval
         self._last = -interval
         self._lock = threading.Lock()
@@ -89,9 +142,9 @@ class Reporter:
     def finish(self, step: Step) -> None:
         """Call after the last layer of a step."""
         if step.visited is None or not step.visited.is_cuda:
-            self.tell(step, 0 if step.visited is None else int(step.visited))
+            self.tell(step, None if step.visited is None else step.visited.tolist())
             return
-        host = torch.empty((), dtype=torch.int64, pin_memory=True)
+        host = torch.empty(step.visited.shape, dtype=torch.int64, pin_memory=True)
         host.copy_(step.visited, non_blocking=True)
         copied = torch.cuda.Event(blocking=True)  # the thread sleeps, it does not spin
         copied.record()
@@ -106,11 +159,19 @@ class Reporter:
             step, host, copied, device = self._pending.get()
             with torch.cuda.device(device):  # a thread starts on the first device
                 copied.synchronize()
-            self.tell(step, int(host))
+            self.tell(step, host.tolist())
 
-    def tell(self, step: Step, visited: int) -> None:
-        """Add a step to the totals, and log it: at once, or, of several within a moment, the last one after it."""
-        causal = step.causal_pairs * step.heads
+    def tell(self, step: Step, by_row: list[int] | None) -> None:
+        """Add a step to the totals, and log it: at once, or, of several within a moment, the last one after it.
+
+        Args:
+            by_row: visited pairs of each row of the batch; None where all layers were dense.
+        """
+        seen = [by_row[row] if by_row else 0 for row in step.rows]
+        most = [pairs * step.heads for pairs in step.causal_pairs]
+        if self._record is not None:
+            self._record(step, seen, most)
+        visited, causal = sum(seen), sum(most)
         totals = self.totals
         totals.steps += 1
         totals.tokens += sum(step.query_lens)

@@ -10,6 +10,11 @@ import yaml
 MAX_BYTES = 2**18
 """A config with an override for every layer of the largest models takes a tenth of it."""
 MAX_DEPTH = 20
+MAX_VALUES = 2**16
+"""Keys and values; an override for every KV head of every layer of the largest models takes a quarter of it."""
+MAX_PLAIN = 2**13
+"""Characters of a value without quotes, which may be read as a number: YAML's numbers to the base of 60 take the square
+of their length."""
 
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML may have been built without libyaml
 
@@ -51,7 +56,7 @@ def read(path: Path, name: str | None = None) -> dict[str, Any]:
         fields = yaml.load(text, _Loader)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not readable"
@@ -85,13 +90,17 @@ def _bytes(path: Path, name: str) -> bytes:
 def _check_events(text: str) -> None:
     """Refuse what plain data does not need before anything is built from it."""
     depth = 0
-    for event in yaml.parse(text, _Base):
+    for count, event in enumerate(yaml.parse(text, _Base)):
         line = event.start_mark.line + 1 if event.start_mark else 0
+        if count > MAX_VALUES:
+            raise ConfigError(f"more than {MAX_VALUES} values (line {line})")
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise ConfigError(f"aliases and anchors are not allowed (line {line}); write the values out")
         tag = getattr(event, "tag", None)
         if tag is not None and not (isinstance(event, yaml.ScalarEvent) and tag == "!" and event.implicit[1]):
             raise ConfigError(f"YAML tags such as '{tag[:40]}' are not allowed (line {line}); plain values are")
+        if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and len(event.value) > MAX_PLAIN:
+            raise ConfigError(f"a value of more than {MAX_PLAIN} characters (line {line}) must stand in quotes")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
             raise ConfigError(f"nested deeper than {MAX_DEPTH} levels (line {line})")

@@ -1,11 +1,12 @@
 """Layers and builders as vLLM makes them, and what they report."""
 
+import copy
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import tiny
-from batch import CPU, EXACT
+from batch import CPU, DENSE, EXACT
 from vllm.compilation.backends import set_model_tag
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
@@ -43,6 +44,7 @@ def rank(monkeypatch):
     """This process's place among those that share the heads: (rank, size)."""
     place = [0, 1]
     monkeypatch.setattr(compat, "tensor_parallel", lambda: tuple(place))
+    monkeypatch.setattr(compat, "counts_tokens", lambda: place[0] == 0)
     return place
 
 
@@ -78,3 +80,15 @@ def start(models, told):
         return SimpleNamespace(layers=made, builder=builder, config=config)
 
     return start
+
+
+@pytest.fixture
+def other_group(monkeypatch):
+    """FLASH_ATTN's way to use a step's metadata for a second group of layers; the CPU backend has none."""
+
+    def update_block_table(self, metadata, blk_table, slot_mapping):
+        new = copy.copy(metadata)
+        new.block_table, new.slot_mapping = blk_table, slot_mapping
+        return new
+
+    monkeypatch.setattr(DENSE.get_builder_cls(), "update_block_table", update_block_table, raising=False)

@@ -1,26 +1,12 @@
 """Metadata that vLLM copies to another cache group."""
 
-import copy
-
 import pytest
 import torch
-from batch import ALL_DENSE, DENSE, LONG, QUERY_LENS, Batch
+from batch import ALL_DENSE, LONG, QUERY_LENS, Batch
 from cases import error_bar
 from vllm.platforms import current_platform
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="these batches are small enough for a CPU only")
-
-
-@pytest.fixture
-def other_group(monkeypatch):
-    """FLASH_ATTN's way to use a step's metadata for a second group of layers; the CPU backend has none."""
-
-    def update_block_table(self, metadata, blk_table, slot_mapping):
-        new = copy.copy(metadata)
-        new.block_table, new.slot_mapping = blk_table, slot_mapping
-        return new
-
-    monkeypatch.setattr(DENSE.get_builder_cls(), "update_block_table", update_block_table, raising=False)
 
 
 def test_another_group_has_the_plan_and_counters_of_its_own(start, finished, other_group):

@@ -41,6 +41,7 @@ def helped(path: tuple[str, ...]) -> str:
 PATHS = paths(cli)
 EXAMPLES = {line for path in PATHS for line in examples(helped(path))}
 README = {line for line in examples((ROOT / "README.md").read_text())}
+DOCS = {line for page in (ROOT / "docs").glob("*.md") for line in examples(page.read_text())}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def test_help_of_the_script_has_an_example(script, path):
     assert example.startswith(" ".join(["vllm-s2o", *path]))
 
 
-@pytest.mark.parametrize("line", sorted(EXAMPLES | README))
+@pytest.mark.parametrize("line", sorted(EXAMPLES | README | DOCS))
 def test_examples_work(script, line):
     """As they stand, where a checkout's user would type them."""
     ended = script(line)
@@ -165,7 +166,7 @@ def test_doctor_finds_what_a_server_would(environment, place):
         "num_layers": 30, "num_heads": 9, "num_kv_heads": 3, "head_size": 64,
     }  # fmt: skip
     assert document["config"]["source"] == "smollm2-135m-instruct.yaml"
-    assert document["sparse_layers"] == list(range(1, 30))
+    assert document["sparse_layers"] == list(range(30))
     assert sorted(place.rglob("*")) == before
 
 
@@ -197,7 +198,7 @@ def test_doctor_works_without_vllm(without_vllm, place):
     assert [(entry["name"], entry["value"]) for entry in problems] == [("vllm", "not installed")]
     assert problems[0]["advice"].startswith("install it: pip install 'vllm")
     assert finding(document, "entry point")["level"] == "ok"
-    assert document["sparse_layers"] == list(range(1, 30)), "config.json tells"
+    assert document["sparse_layers"] == list(range(30)), "config.json tells"
 
 
 def test_config_works_without_vllm(without_vllm, place):

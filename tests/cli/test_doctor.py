@@ -248,8 +248,8 @@ def test_json(doctor, smollm2):
     assert document["model"] == FINE.traits | {"name": smollm2}, "vLLM knows a directory, the user a name"
     assert set(document["config"]) == {"source", "matched", "named_by", "calibrated", "digest"}
     assert (document["config"]["source"], document["config"]["matched"]) == ("smollm2-135m-instruct.yaml", "name")
-    assert document["sparse_layers"] == list(range(1, 30))
-    assert document["dense_layers"] == {"0": "the config says so"}
+    assert document["sparse_layers"] == list(range(30))
+    assert document["dense_layers"] == {}
     assert doctor.asked == [(smollm2, None)]
 
 
@@ -260,7 +260,7 @@ def test_text(doctor, smollm2):
     assert [line for line in lines if line and not line.startswith(" ")] == [
         "machine", "versions", "backend", "model", "Serving with S2O would work here.",
     ]  # fmt: skip
-    assert "  sparse       29 of 30 layers: 1-29" in lines
+    assert "  sparse       30 of 30 layers: 0-29" in lines
     assert "->" not in ended.out and "\033" not in ended.out
 
 
@@ -285,7 +285,8 @@ def test_a_problem_is_told_with_advice_and_status_1(doctor):
 def test_the_option_changes_the_config(doctor, smollm2):
     given = {"s2o": {"threshold": 0.01, "layers": [{"layers": "1-9", "threshold": "dense"}]}}
     document = doctor(smollm2, "--additional-config", json.dumps(given), "--json").document
-    assert document["sparse_layers"] == list(range(10, 30))
+    assert document["sparse_layers"] == [0, *range(10, 30)]
+    assert document["dense_layers"]["9"] == "the config says so"
     assert doctor.asked == [(smollm2, given)]
 
 

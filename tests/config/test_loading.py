@@ -15,7 +15,6 @@ from config_cases import LLAMA, OPTION, OTHER, QWEN, SMOLLM2, assert_names, refu
 from pydantic import ValidationError
 
 from vllm_s2o.config import ConfigFile, S2OParams, load_config
-from vllm_s2o.plan import causal_pairs, make_plan
 
 SHIPPED = {"smollm2-135m-instruct.yaml": SMOLLM2, "llama-3.1-8b-instruct.yaml": LLAMA, "qwen3-8b.yaml": QWEN}
 
@@ -27,8 +26,10 @@ SHIPPED = {"smollm2-135m-instruct.yaml": SMOLLM2, "llama-3.1-8b-instruct.yaml": 
 def test_shipped_file_is_valid_and_honest(name):
     text = files("vllm_s2o.configs").joinpath(name).read_text()
     file = ConfigFile.model_validate(yaml.safe_load(text))
-    assert file.provenance.calibrated is False
-    assert re.search("default values|not searched", file.provenance.source)
+    searched = name.startswith("smollm2")
+    assert file.provenance.calibrated is searched
+    assert re.search("searched on SmolLM2" if searched else "default values", file.provenance.source)
+    assert (file.provenance.calibration is not None) is searched, "with what the search reached"
     assert "/work" not in text
 
 
@@ -50,21 +51,10 @@ def test_every_shipped_file_is_known_here():
 def test_smollm2_values():
     config = load_config(SMOLLM2)
     assert (config.min_seq_len, config.min_query_len) == (2048, 128)
-    assert (config.params.segment_len, config.params.threshold) == (256, 0.02)
-    assert [i for i in range(30) if config.layer(i) is None] == [0]
-
-
-def test_what_smollm2_says_of_segments_is_so():
-    """The shares in the file's comment, beside what a plan holds."""
-    text = files("vllm_s2o.configs").joinpath("smollm2-135m-instruct.yaml").read_text().replace("\n#", "")
-    said = re.search(
-        r"causal pairs of 8,192 tokens they are ([\d.]+) % with segments of 256, and ([\d.]+) % with 512", text
-    )
-    for share, segment_len in zip(said.groups(), (256, 512), strict=True):
-        plan = make_plan([8192], [8192], segment_len=segment_len, tile_size=128, num_kv_heads=3, max_slots=10**9)
-        segments = [segment for wave in plan.waves for segment in wave.segments]
-        inside = sum(causal_pairs(segment.num_queries, segment.num_queries) for segment in segments)
-        assert f"{100 * inside / plan.causal_pairs[0]:.1f}" == share
+    assert (config.params.segment_len, config.calibrated) == (256, True)
+    layers = [config.layer(i) for i in range(30)]
+    assert None not in layers
+    assert len({str(layer.threshold) for layer in layers}) > 20, "searched by layer and head"
 
 
 @pytest.mark.parametrize("traits", [LLAMA, QWEN, OTHER], ids=lambda t: t.name)
@@ -187,7 +177,8 @@ def test_fields_override_one_by_one(given):
     config = load_config(SMOLLM2, {**given, "min_seq_len": 99})
     assert config.params == S2OParams(threshold=0.01, segment_len=256, stop_interval=1)
     assert (config.min_seq_len, config.min_query_len, config.matched) == (99, 128, "name")
-    assert config.layer(0) is None, "the file's overrides stay"
+    kept = load_config(SMOLLM2).layer(9)
+    assert config.layer(9) == kept and kept.threshold != 0.01, "the file's overrides stay"
 
 
 def test_origins():
@@ -209,7 +200,7 @@ def test_origins():
 def test_the_files_layers_keep_their_origin(given):
     config = load_config(SMOLLM2, given)
     assert config.origins["layers"] == config.source
-    assert config.layer(0) is None
+    assert config.layer(9) == load_config(SMOLLM2).layer(9)
 
 
 def test_rule_between_fields_is_judged_on_the_whole(write):
@@ -302,9 +293,9 @@ def test_heads_of_a_dense_layer():
 
 def test_describe_the_shipped_file():
     source, values = load_config(SMOLLM2).describe()
-    assert_names(source, "smollm2-135m-instruct.yaml", "matched by name", "not calibrated", "chosen by hand")
-    assert_names(values, "threshold=0.02 ", "segment_len=256", "min_seq_len=2048", "min_query_len=128")
-    assert "1 of 30 layers dense" in values
+    assert_names(source, "smollm2-135m-instruct.yaml", "matched by name", "calibrated: searched on SmolLM2")
+    assert_names(values, "threshold=0.0", "segment_len=256", "min_seq_len=2048", "min_query_len=128")
+    assert "layers have thresholds of their own" in values
 
 
 def test_describe_overrides():

@@ -1,15 +1,19 @@
 """What cannot be used stops the start with one sentence that says what, where, and what is allowed."""
 
+import contextlib
 import json
 import os
+import subprocess
+import sys
 import time
+import tracemalloc
 
 import pytest
 import yaml
 from config_cases import OPTION, OTHER, SMOLLM2, assert_names, refusal
 
-from vllm_s2o import config_errors
-from vllm_s2o.config import load_config
+from vllm_s2o import config_errors, yaml_file
+from vllm_s2o.config import ConfigError, load_config
 
 # -- refusals: fields -------------------------------------------------------------------------------------------------
 
@@ -87,6 +91,7 @@ def test_bad_field(write, fields, words, given_by):
 ENDLESS = f"0x{'f' * 6000}"  # more digits than Python writes out
 BAD_IN_A_FILE = {
     "endless number": (f"min_seq_len: {ENDLESS}\n", "'min_seq_len'", "too long to show", LENGTH),
+    "number to the base of 60": ("min_seq_len: 1" + ":1" * 3000 + "\n", "'min_seq_len'", "too long to show", LENGTH),
     "endless layer": (f"layers: [{{layers: {ENDLESS}, threshold: 0}}]\n", "'layers.0.layers'", "layers 0 to 3"),
     "parameter at the top level": ("threshold: 0.1\n", "'threshold'", "allowed are min_seq_len"),
     "config": ("config: other.yaml\n", "'config'", "allowed are min_seq_len"),
@@ -168,7 +173,11 @@ BAD_FILES = {
     "deep": ("params: " + "[" * 25 + "]" * 25 + "\n", "nested deeper than 20"),
     "very deep": ("[" * 100_000, "nest"),  # libyaml has a bound of its own
     "endless number": ("min_seq_len: " + "9" * 6000 + "\n", "not valid YAML"),
+    "its fraction": ("min_seq_len: 1" + ":1" * 400 + ".5\n", "not valid YAML"),
+    "no date": ("min_seq_len: 2001-99-99\n", "not valid YAML"),
+    "another YAML": ("%YAML 9.9\n---\nmin_seq_len: 3\n", "not valid YAML"),
     "a million lines": ("a: 1\n" * 1_000_000, "larger than 256 KiB"),
+    "a million comments": ("#\n" * 1_000_000, "larger than 256 KiB"),
 }
 
 
@@ -178,6 +187,77 @@ def test_bad_file(write, content, words):
     start = time.monotonic()
     assert_names(refusal(path), "my.yaml", OPTION, *words)
     assert time.monotonic() - start < 2
+
+
+FULL = yaml_file.MAX_BYTES - 100
+WORST = {
+    "a word": ("min_seq_len: 1" + ":1" * (FULL // 2) + "\n", "more than 8192 characters", "line 1", "quotes"),
+    "a text": ("provenance: {note: '" + "x" * FULL + "'}\n", None),
+    "numbers": ("layers: [" + "0," * (FULL // 2) + "]\n", "more than 65536 values", "line 1"),
+    "lines": ("layers:\n" + "- 0\n" * (FULL // 4), "'layers.0'", "(and 65510 more wrong)"),
+    "wrong numbers": ("layers: [" + "0," * 65_000 + "]\n", "'layers.0'", "(and 64999 more wrong)"),
+    "objects": ("layers: [" + "{}," * 32_000 + "]\n", "'layers.0.layers' is missing", "(and 63999 more wrong)"),
+    "lists in lists": ("layers: [" + ("[" * 15 + "]" * 15 + ",") * 2000 + "]\n", "'layers.0'", "(and 1999 more wrong)"),
+    "fields": ("".join(f"k{i}: 1\n" for i in range(25_000)), "'k0'", "allowed are", "(and 24999 more wrong)"),
+    "anchors": ("a: &a 1\n" * 25_000, "aliases and anchors", "line 1"),
+}
+
+
+@pytest.mark.parametrize("text, words", [(w[0], w[1:]) for w in WORST.values()], ids=WORST)
+def test_the_largest_files_take_little(write, text, words):
+    """Of a file as large as one may be: seconds of this process, and memory."""
+    assert len(text) <= yaml_file.MAX_BYTES
+    path = write(text)
+    start = time.process_time()
+    if words == (None,):
+        assert load_config(OTHER, path).file.provenance.note == "x" * FULL
+    else:
+        assert_names(refusal(path), "my.yaml", *words)
+    assert time.process_time() - start < 4
+    tracemalloc.start()
+    with contextlib.suppress(ConfigError):
+        load_config(OTHER, path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 128 * 2**20
+
+
+EXECUTED = """
+import sys
+from vllm_s2o.config import ConfigError, ModelTraits, load_config
+load_config(ModelTraits("a", "b", 4, 8, 2, 64), None)  # what is imported once is imported
+def hook(event, args):
+    risky = ("os", "subprocess", "exec", "compile", "import", "shutil", "socket", "ctypes", "marshal")
+    if event.split(".")[0] in risky:
+        print(event, args)
+sys.addaudithook(hook)
+try:
+    load_config(ModelTraits("a", "b", 4, 8, 2, 64), sys.argv[1])
+except ConfigError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "params: !!python/object/apply:os.system ['touch {file}']\n",
+        "!!python/object/new:subprocess.Popen [['touch', '{file}']]\n",
+        "params: !!python/name:os.system\n",
+        "params: !!python/module:antigravity\n",
+        "%TAG ! tag:yaml.org,2002:python/\n---\nparams: !object/apply:os.system ['touch {file}']\n",
+        "params: !<tag:yaml.org,2002:python/object/apply:os.system> ['touch {file}']\n",
+    ],
+)
+def test_nothing_is_executed(write, tmp_path, text):
+    """The interpreter tells of whatever runs a program, imports or compiles."""
+    path = write(text.format(file=tmp_path / "executed"))
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", EXECUTED, path], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.startswith("refused: ") and done.stdout.count("\n") == 1, done.stdout
+    assert "tags such as" in done.stdout
+    assert not (tmp_path / "executed").exists()
 
 
 def test_missing_file():

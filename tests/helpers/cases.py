@@ -136,3 +136,31 @@ def error_bar(case: Case) -> tuple[torch.Tensor, float]:
         exact[rows] = attention(case.query[rows].double(), k.double(), v.double())
         worst = max(worst, (attention(case.query[rows], k, v) - exact[rows]).abs().max().item())
     return exact, 2 * worst
+
+
+def by_rows(case: Case) -> torch.Tensor:
+    """Dense attention in fp64, row by row over the keys that the row sees and no others: what dense attention means
+    where numbers are NaN or infinite. A masked product is not that: 0 times NaN is NaN."""
+    out = torch.empty(case.query.shape, dtype=torch.float64)
+    starts, page = case.query_start_loc.tolist(), case.key_cache.shape[1]
+    group = case.query.shape[1] // case.key_cache.shape[2]
+    for seq, length in enumerate(case.lens):
+        positions = torch.arange(length)
+        blocks = case.block_table[seq].cpu()[positions // page].long()
+        k, v = (
+            c[blocks.to(DEVICE), (positions % page).to(DEVICE)].double().cpu()
+            for c in (case.key_cache, case.value_cache)
+        )
+        for row in range(starts[seq], starts[seq + 1]):
+            seen = length - (starts[seq + 1] - row) + 1
+            q = case.query[row].double().cpu().unflatten(0, (-1, group))
+            logits = torch.einsum("hgd,khd->hgk", q, k[:seen]) * case.scale
+            weights = logits.softmax(-1)
+            out[row] = torch.einsum("hgk,khd->hgd", weights, v[:seen]).flatten(0, 1)
+    return out.to(DEVICE)
+
+
+def place_of(case: Case, seq: int, position: int) -> tuple[int, int]:
+    """Block, and place in the block, of a token."""
+    page = case.key_cache.shape[1]
+    return int(case.block_table[seq, position // page]), position % page

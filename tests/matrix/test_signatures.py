@@ -34,8 +34,12 @@ METHODS = [
 ] + [
     # Put in the place of the platform's.
     ("install_hooks", name, platform)
-    for name in ("check_and_update_config", "get_attn_backend_cls")
+    for name in ("check_and_update_config", "get_attn_backend_cls", "validate_request")
     for platform in ("vllm.platforms.interface.Platform", "vllm.platforms.cpu.CpuPlatform")
+]
+METHODS += [
+    ("follow_requests", "preprocess_add_request", "vllm.v1.engine.core.EngineCore"),
+    ("watch_steps", "execute_model", "vllm.v1.worker.worker_base.WorkerWrapperBase"),
 ]
 
 NEWER = {"supports_device_cpu_query_lens_mismatch": (0, 28)}

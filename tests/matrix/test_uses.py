@@ -20,6 +20,7 @@ HANDLED = {
     "Attention.isa": (SINCE, "0.29"),
     "CPUAttentionBackendImpl.isa": (UNTIL, "0.29"),
     "CommonAttentionMetadata._seq_lens_cpu": (UNTIL, "0.30"),
+    "CommonAttentionMetadata.req_idx": (SINCE, "0.30"),
     "FlashAttentionMetadata.use_cascade": (UNTIL, "0.32"),
     # A CPU's backend has these, or a GPU's, not both.
     "FlashAttentionImpl.isa": (NEVER, ""),

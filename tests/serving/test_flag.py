@@ -25,7 +25,7 @@ def test_nothing_of_ours_runs_without_the_flag(dense, s2o):
 
 def test_the_flag_is_told(s2o):
     assert "s2o: config smollm2-135m-instruct.yaml" in s2o.log
-    assert "29 of 30 attention layers" in s2o.log
+    assert "30 of 30 attention layers" in s2o.log
 
 
 def test_a_short_prompt_is_told_once_why_it_stays_dense(s2o):

@@ -19,6 +19,7 @@ from vllm_s2o.cli.config_commands import config
 from vllm_s2o.cli.doctor import doctor
 from vllm_s2o.cli.evaluate import evaluate
 from vllm_s2o.cli.report import report
+from vllm_s2o.cli.switch import switch
 from vllm_s2o.config import ConfigError
 from vllm_s2o.version import __version__
 
@@ -45,6 +46,7 @@ cli.add_command(config)
 cli.add_command(doctor)
 cli.add_command(evaluate)
 cli.add_command(report)
+cli.add_command(switch)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-OURS = ("VLLM_PLUGINS", "VLLM_S2O_CONFIG")
+OURS = ("VLLM_PLUGINS", "VLLM_S2O_CONFIG", "S2O_SERVER")
 """Variables that would change what a server does and are not inherited."""
 
 

@@ -21,7 +21,8 @@ from pathlib import Path
 from .calibration.curves import sample
 from .capture import CaptureError, Layer, Source, checked_layers, open_model, visit_layers
 from .curves import Curve, at_density, at_error, matched, mean_curve
-from .parts import Parts, PartsError, as_lists
+from .journal import JournalError
+from .parts import Parts, as_lists
 from .selection import method
 from .sweep import FIGURES, sweep
 from .text import SOURCES, SPLITS
@@ -164,7 +165,7 @@ def frontier(
     }  # fmt: skip
     try:
         parts = Parts(out.with_name(out.name + ".parts.jsonl"), settings)
-    except PartsError as error:
+    except JournalError as error:
         raise FrontierError(str(error)) from error
     measure(source, parts, prompts, layers, rules, every)
     common = (Path(model).resolve().name, num_tokens, split)

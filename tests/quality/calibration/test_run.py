@@ -67,9 +67,9 @@ def test_what_is_told_of_held_out_text_is_what_a_whole_run_costs(checkpoint, cal
 
 
 def test_a_candidate_is_measured_without_the_shipped_file():
-    """SmolLM2's keeps layer 0 dense: a candidate in which it is sparse must be so when logits are compared."""
+    """SmolLM2's has thresholds by layer and head: a candidate's alone must hold when logits are compared."""
     traits = ModelTraits("SmolLM2-135M-Instruct", "LlamaForCausalLM", 30, 9, 3, 64)
-    assert load_config(traits).layer(0) is None
+    assert load_config(traits).layer(0).threshold != 0.02
     choices = [Choice((1, 1, 1), 0.5, 0.01)] * 29 + [Choice((1, 0, 1), 0.5, 0.01)]
     config = choose.as_config(traits, choices, S2OParams(segment_len=256), (0.01, 0.02))
     assert [config.layer(layer).threshold for layer in (0, 28)] == [0.02, 0.02]

@@ -17,7 +17,8 @@ from vllm_s2o.config import ConfigError, ModelTraits, ResolvedConfig, load_confi
 from vllm_s2o.params import S2OParams
 from vllm_s2o.quality import cost
 from vllm_s2o.quality.capture import CaptureError, Source, open_model
-from vllm_s2o.quality.parts import Parts, PartsError
+from vllm_s2o.quality.journal import JournalError
+from vllm_s2o.quality.parts import Parts
 from vllm_s2o.quality.text import SOURCES
 from vllm_s2o.version import __version__
 
@@ -150,7 +151,7 @@ def _check(budget: Budget, texts: Sequence[str], num_tokens: int, segment_lens: 
 def _one_sentence() -> Iterator[None]:
     try:
         yield
-    except (CaptureError, ConfigError, PartsError, cost.CostError) as error:
+    except (CaptureError, ConfigError, JournalError, cost.CostError) as error:
         raise CalibrationError(str(error)) from error
     except OSError as error:
         raise CalibrationError(f"Cannot write {error.filename}: {error.strerror}.") from error

@@ -1,9 +1,11 @@
 """The answers that were given, in a file that grows by a line for each, so that a run that was cut off goes on."""
 
-import json
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from vllm_s2o.quality.journal import Journal, JournalError
 
 from .prompt import TaskError
 
@@ -20,12 +22,17 @@ class Answer(NamedTuple):
     """1 where the first request was answered."""
 
 
-class Answers:
-    """What is kept beside the table.
+@contextlib.contextmanager
+def _as_task_error() -> Iterator[None]:
+    try:
+        yield
+    except JournalError as error:
+        raise TaskError(str(error)) from error
 
-    The first line holds the settings, which must not change. Then come answers, and, for those asked together, the
-    pairs of queries and keys that their prefills visited and those that they could have. A last line that was cut off
-    is dropped.
+
+class Answers:
+    """What is kept beside the table: answers, and, for those asked together, the pairs of queries and keys that their
+    prefills visited and those that they could have.
 
     Args:
         path: the file; it and its folder are made if they are missing.
@@ -36,31 +43,11 @@ class Answers:
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
-        self.path = path
         self.found: dict[Key, Answer] = {}
         self.pairs: dict[tuple[str, str, int], tuple[int, int]] = {}
         """(visited, causal) by backend, task and length, of the prefills that a log told of."""
-        settings = json.loads(json.dumps(settings))
-        try:
-            whole = path.read_bytes() if path.exists() else b""
-            whole = whole[: whole.rfind(b"\n") + 1]
-            lines = [json.loads(line) for line in whole.splitlines()]
-            for line in lines[1:]:
-                self._take(line)
-            kept = lines[0]["settings"].items() if lines else settings.items()
-        except OSError as error:
-            raise TaskError(f"Cannot read {path}: {error.strerror}.") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TaskError(f"{path} holds no answers: remove it, or name another --out.") from error
-        if other := [name for name, value in kept if settings.get(name) != value]:
-            raise TaskError(f"The answers in {path} have other {other[0]}: remove it, or name another --out.")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(whole)
-            if not lines:
-                self._append([{"settings": settings}])
-        except OSError as error:
-            raise TaskError(f"Cannot write {path}: {error.strerror}.") from error
+        with _as_task_error():
+            self._journal = Journal(path, settings, "answers", self._take)
 
     def add(
         self, backend: str, given: Iterable[tuple[tuple[str, int, int], Answer]], pairs: tuple[int, int] | None
@@ -76,7 +63,8 @@ class Answers:
             lines[-1]["pairs"] = pairs
         for line in lines:
             self._take(line)
-        self._append(lines)
+        with _as_task_error():
+            self._journal.append(lines)
 
     def density(self, backend: str, groups: Iterable[tuple[str, int]]) -> float | None:
         """Of the sparse prefills of some tasks at some lengths: 1 where all ran dense, None where nobody knows."""
@@ -91,10 +79,3 @@ class Answers:
             before = self.pairs.get((backend, task, length), (0, 0))
             visited, causal = line["pairs"]
             self.pairs[backend, task, length] = before[0] + visited, before[1] + causal
-
-    def _append(self, lines: list[dict[str, Any]]) -> None:
-        try:
-            with self.path.open("a") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
-        except OSError as error:
-            raise TaskError(f"Cannot write {self.path}: {error.strerror}.") from error

@@ -1,0 +1,129 @@
+"""Attention problems of any kind, for hypothesis: lengths, heads, layouts, tables, numbers and parameters."""
+
+from dataclasses import dataclass
+
+import torch
+from cases import DEVICE, LAYOUTS, Case
+from hypothesis import strategies as st
+
+from vllm_s2o import S2OParams
+
+GARBAGE = [-1, -(2**31), 2**31 - 1, 2**30, 0, 3]
+HEAD_SIZES = [32, 64, 80, 96, 128, 192, 256]
+GROUPS = [1, 2, 3, 4, 8]
+PAGES = [1, 8, 16, 32, 128]
+
+
+@dataclass
+class Problem:
+    case: Case
+    params: S2OParams
+    out: torch.Tensor
+    """To be written, in memory of some strides; holds NaN."""
+
+    @property
+    def arguments(self) -> dict:
+        return self.case.arguments | {"params": self.params}
+
+
+def strided(draw, shape: tuple[int, ...], dtype, dense_last: bool = False) -> torch.Tensor:
+    """NaN in memory whose dimensions lie in any order, with gaps between their rows."""
+    dims = list(range(len(shape)))
+    inner = dims.pop() if dense_last else None
+    order = draw(st.permutations(dims))
+    if inner is not None:
+        order.append(inner)
+    strides, step = [0] * len(shape), 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step = step * shape[dim] + (0 if dim == inner else draw(st.sampled_from([0, 0, 3, 16])))
+    return torch.full((max(step, 1) + 16,), torch.nan, dtype=dtype, device=DEVICE).as_strided(shape, strides)
+
+
+def lengths(draw, segment_len: int, most: int) -> tuple[int, int]:
+    """Queries and length of a sequence: a whole prompt, a chunk, the next token, at borders or beside them, or none."""
+    near = [n * segment_len + d for n in (1, 2, 3) for d in (-1, 0, 1)]
+    length = draw(st.one_of(st.integers(0, most), st.sampled_from([n for n in near if n <= most] or [1])))
+    kind = draw(st.sampled_from(["whole", "chunk", "chunk", "one", "none"]))
+    borders = [length - n for n in range(0, length, segment_len)]
+    chunk = draw(st.one_of(st.integers(0, length), st.sampled_from(borders or [0])))
+    return {"whole": length, "chunk": chunk, "one": min(1, length), "none": 0}[kind], length
+
+
+def thresholds(draw, num_heads: int):
+    value = st.one_of(
+        st.sampled_from([0.0, 1e-6, 0.02, 0.3, 0.99]), st.floats(0.001, 0.5, allow_nan=False, allow_infinity=False)
+    )
+    return draw(st.one_of(value, st.tuples(*[value] * num_heads)))
+
+
+@st.composite
+def problems(draw, dtypes=(torch.float32,), most: int = 320, small: bool = False) -> Problem:
+    """`small`: few programs, for Triton's interpreter."""
+    tile = draw(st.sampled_from([16, 32] if small else [16, 32, 64, 128]))
+    segment_len = tile * draw(st.integers(1, 3))
+    num_kv_heads = draw(st.integers(1, 2 if small else 3))
+    num_heads = num_kv_heads * draw(st.sampled_from(GROUPS[:3] if small else GROUPS))
+    params = dict(
+        segment_len=segment_len, tile_size=tile,
+        key_block=draw(st.sampled_from([16, 32, 64])), stop_interval=draw(st.sampled_from([1, 1, 2, 3, 5])),
+        stop_rule=draw(st.sampled_from(["worst_row", "mean_row"])),
+        query_order=draw(st.sampled_from(["position", "position", "guide"])),
+        num_classes=draw(st.sampled_from([16, 32, 32, 64, 128])),
+    )  # fmt: skip
+    if draw(st.integers(0, 5)) == 0:
+        params["budget"] = draw(st.floats(0.01, 1.0))
+    else:
+        params["threshold"] = thresholds(draw, num_heads)
+    shapes = [lengths(draw, segment_len, most) for _ in range(draw(st.integers(0 if small else 1, 2 if small else 4)))]
+    query_lens, lens = [q for q, _ in shapes], [n for _, n in shapes]
+    head_size = draw(st.sampled_from(HEAD_SIZES[:4] if small else HEAD_SIZES))
+    dtype = draw(st.sampled_from(dtypes))
+    case = fill(draw, query_lens, lens, num_heads, num_kv_heads, head_size, dtype)
+    out = strided(draw, tuple(case.query.shape), dtype, dense_last=True)
+    return Problem(case, S2OParams(**params), out)
+
+
+def fill(draw, query_lens, lens, num_heads: int, num_kv_heads: int, head_size: int, dtype) -> Case:
+    """Numbers, in pages of any order, between memory and table entries that hold nothing of use."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    page = draw(st.sampled_from(PAGES))
+    pages = [-(-n // page) for n in lens]
+    blocks = sum(pages) + draw(st.integers(0, 3)) + 1
+    layout = draw(st.sampled_from([*LAYOUTS, "any", "any"]))
+    shape = (blocks, page, num_kv_heads, head_size)
+    if layout == "any":
+        key_cache, value_cache = strided(draw, shape, dtype), strided(draw, shape, dtype)
+    else:
+        key_cache, value_cache = LAYOUTS[layout](*shape, dtype)
+        key_cache.fill_(torch.nan)
+        value_cache.fill_(torch.nan)
+    width = max(pages, default=0) + draw(st.integers(0, 3))
+    garbage = draw(st.lists(st.sampled_from(GARBAGE), min_size=1, max_size=4))
+    count = max(width * len(lens), 1)
+    table = torch.tensor((garbage * count)[:count], dtype=torch.int32)[: width * len(lens)].view(len(lens), width)
+    free = torch.randperm(blocks, generator=generator)
+    # A few keys draw most of the mass, as in real maps, or none do; numbers of the size of a model's, or larger.
+    heavy, size = draw(st.sampled_from([0.0, 3.0, 8.0])), draw(st.sampled_from([0.3, 1.0, 3.0]))
+    direction = torch.nn.functional.normalize(normal(num_kv_heads, head_size), dim=-1)
+    for seq, length in enumerate(lens):
+        mine, free = free[: pages[seq]], free[pages[seq] :]
+        table[seq, : len(mine)] = mine.int()
+        keys, values = normal(length, num_kv_heads, head_size), normal(length, num_kv_heads, head_size)
+        keys += heavy * (torch.rand(length, num_kv_heads, generator=generator) ** 8)[..., None] * direction
+        positions = torch.arange(length)
+        where = mine[positions // page], positions % page
+        key_cache[where] = (size * keys).to(DEVICE, dtype)
+        value_cache[where] = values.to(DEVICE, dtype)
+    query = strided(draw, (sum(query_lens), num_heads, head_size), dtype)
+    shared = heavy * direction.repeat_interleave(num_heads // num_kv_heads, 0)
+    query.copy_(normal(*query.shape) + shared)
+    starts = torch.tensor([0, *query_lens]).cumsum(0).int()
+    return Case(
+        query, key_cache, value_cache, table.to(DEVICE), starts.to(DEVICE),
+        torch.tensor(lens, dtype=torch.int32, device=DEVICE), head_size**-0.5, list(query_lens), list(lens),
+    )  # fmt: skip

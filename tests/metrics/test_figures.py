@@ -1,0 +1,104 @@
+"""What is recorded is read back, and serving goes on where nothing can be recorded."""
+
+import pytest
+
+import vllm_s2o
+from vllm_s2o.metrics import channel, place
+from vllm_s2o.metrics.figures import ALL, LONGEST_ID, RECENT, Prompt, Recorder, figures
+
+
+def prompt(name: str, visited: int = 1, causal: int = 4, **fields) -> Prompt:
+    return Prompt(name, 100, 100, visited=visited, causal=causal, **fields)
+
+
+@pytest.fixture
+def recorder(logger):
+    place.establish("some/model")
+    return Recorder(logger)
+
+
+def test_nothing_was_done_yet():
+    empty = figures()
+    assert (empty.tokens, empty.visited, empty.causal, empty.prompts, empty.configs) == ({}, 0, 0, {}, ())
+    assert (empty.density, empty.ranking_share, empty.on) == (1.0, 0.0, True)
+
+
+def test_every_series_is_there_from_the_start(recorder, logger):
+    """A dashboard's query for a series that is missing shows nothing, not zero."""
+    recorder.start("c0ffee", "default.yaml")
+    shown = {sample.name for metric in channel.read(place.current(), logger) for sample in metric.samples}
+    later = {"vllm_s2o_enabled", "vllm_s2o_recent_prompt_density"}
+    assert shown == {name for series in ALL for name in series.shown} - later
+    assert figures().configs == ("c0ffee",)
+    assert figures().tokens == {("sparse", ""): 0}
+
+
+def test_starting_again_changes_nothing(recorder):
+    """vLLM makes builders several times."""
+    recorder.start("c0ffee", "default.yaml")
+    recorder.tokens(5, "sparse")
+    recorder.start("c0ffee", "default.yaml")
+    assert figures().tokens == {("sparse", ""): 5}
+    assert figures().configs == ("c0ffee",)
+
+
+def test_the_last_prompts_are_shown(recorder):
+    for number in range(RECENT + 5):
+        recorder.prompt(prompt(f"request-{number}", visited=number, causal=100))
+    assert figures().prompts == {f"request-{n}": n / 100 for n in range(5, RECENT + 5)}
+
+
+def test_a_client_may_choose_a_long_name(recorder):
+    done = prompt("x" * 50_000)
+    for _ in range(RECENT):
+        recorder.prompt(done)
+    assert figures().prompts == {"x" * LONGEST_ID: 0.25}
+    assert len(done.line()) < 300
+
+
+def test_figures_of_another_process_are_read(recorder):
+    recorder.pairs(3, 12)
+    assert figures(place.current()).density == 0.25
+
+
+def test_the_packages_names_lead_there():
+    assert vllm_s2o.figures is figures
+    with pytest.raises(LookupError, match="no engine with the S2O backend"):
+        vllm_s2o.set_switch(False)
+
+
+# -- where nothing can be recorded ------------------------------------------------------------------------------------
+
+
+def record_everything(recorder):
+    recorder.start("c0ffee", "default.yaml")
+    recorder.tokens(5, "sparse")
+    recorder.pairs(1, 2)
+    recorder.seconds(1.0, 2.0)
+    recorder.prompt(prompt("a"))
+
+
+def test_without_a_directory_figures_are_forgotten(logger):
+    record_everything(Recorder(logger))
+    assert logger.lines == ["s2o: no figures are kept: there is no directory for them."]
+
+
+def test_a_directory_that_goes_away_ends_the_figures_alone(recorder, logger):
+    recorder.start("c0ffee", "default.yaml")
+    directory = place.current()
+    for file in directory.iterdir():
+        file.unlink()
+    directory.rmdir()
+    record_everything(recorder)
+    record_everything(recorder)
+    (line,) = logger.lines
+    assert line.startswith("s2o: no more figures are kept (")
+
+
+def test_a_full_disk_ends_the_figures_alone(recorder, logger, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(channel.os, "posix_fallocate", full)
+    record_everything(recorder)
+    assert logger.lines == ["s2o: no more figures are kept ([Errno 28] No space left on device)."]

@@ -1,0 +1,162 @@
+"""A server's directory: made once, found by its processes and by the command, and gone afterwards."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from processes import ROOT
+
+from vllm_s2o.metrics import place
+
+HOLD = """
+import sys, tempfile
+tempfile.tempdir = sys.argv[1]
+from vllm_s2o.metrics import place
+print(place.establish("some/model"), flush=True)
+sys.stdin.read()
+"""
+
+CHILD = """
+import multiprocessing, sys, tempfile
+tempfile.tempdir = sys.argv[1]
+from vllm_s2o.metrics import place
+
+def child(answers):
+    answers.put((str(place.establish("some/model")), place.made_here()))
+
+if __name__ == "__main__":
+    mine = place.establish("some/model")
+    context = multiprocessing.get_context(sys.argv[2])
+    answers = context.Queue()
+    process = context.Process(target=child, args=(answers,))
+    process.start()
+    theirs, made = answers.get(timeout=60)
+    process.join()
+    print(theirs == str(mine), made, place.made_here(), mine.is_dir())
+"""
+
+
+class Holder:
+    """A process that has a server's directory."""
+
+    def __init__(self, machine, **env):
+        command = [sys.executable, "-P", "-c", HOLD, str(machine)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | env
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.directory = self.process.stdout.readline().strip()
+
+    def end(self, sign: int | None = None) -> None:
+        if sign is not None:
+            self.process.send_signal(sign)
+        self.process.communicate(timeout=60)
+
+
+@pytest.fixture
+def holder(machine):
+    started = []
+
+    def start(**env) -> Holder:
+        started.append(Holder(machine, **env))
+        return started[-1]
+
+    yield start
+    for one in started:
+        if one.process.poll() is None:
+            one.end(signal.SIGKILL)
+
+
+def test_it_is_made_once_and_handed_down():
+    made = place.establish("some/model")
+    assert place.establish("another") == made == place.current() == place.figures_directory()
+    assert os.environ[place.VARIABLE] == str(made)
+    assert place.made_here()
+    assert made.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
+def test_processes_of_the_server_have_the_same(machine, tmp_path, method):
+    program = tmp_path / "program.py"
+    program.write_text(CHILD)
+    command = [sys.executable, "-P", str(program), str(machine), method]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.stdout == "True False True True\n", ended.stderr
+    assert list(place.base().iterdir()) == [], "its own process removes it, and no other one"
+
+
+def test_another_program_has_one_of_its_own(holder):
+    """Though it inherits the variable: a program may start a server."""
+    mine = place.establish("some/model")
+    other = holder(**{place.VARIABLE: str(mine)})
+    assert other.directory != str(mine)
+    assert [server.pid for server in place.running()] == sorted([os.getpid(), other.process.pid])
+
+
+def test_a_server_is_found_while_it_runs(holder):
+    one = holder()
+    (server,) = place.running()
+    assert (server.pid, server.model, str(server.directory)) == (one.process.pid, "some/model", one.directory)
+    assert server.on
+    one.end()
+    assert place.running() == []
+    assert list(place.base().iterdir()) == []
+
+
+def test_what_a_killed_server_leaves_is_removed_by_the_next_one(holder):
+    killed = holder()
+    killed.end(signal.SIGKILL)
+    assert place.running() == []
+    assert os.path.isdir(killed.directory), "else the test proves nothing"
+    alive = holder()
+    assert not os.path.exists(killed.directory) and not os.path.exists(killed.directory + ".lock")
+    assert [str(server.directory) for server in place.running()] == [alive.directory]
+
+
+def test_a_running_server_is_left_alone(holder):
+    one, _ = holder(), holder()
+    place.sweep()
+    assert os.path.isdir(one.directory)
+    assert len(place.running()) == 2
+
+
+def test_a_server_that_has_not_said_who_it_is_yet_is_passed_over(holder):
+    one = holder()
+    with open(f"{one.directory}/{place.ABOUT}", "w") as about:
+        about.write('{"pid": ')
+    assert place.running() == []
+    assert os.path.isdir(one.directory)
+
+
+@pytest.mark.parametrize("wrong", ["writable", "file", "link"])
+def test_a_directory_that_others_may_change_is_not_used(tmp_path, wrong):
+    """A name in /tmp can be taken by anyone."""
+    if wrong == "writable":
+        place.base().mkdir()
+        place.base().chmod(0o777)
+    elif wrong == "file":
+        place.base().touch()
+    else:
+        place.base().symlink_to(tmp_path)
+    with pytest.raises(PermissionError, match="not a directory that this user alone can write to"):
+        place.establish("some/model")
+    assert place.VARIABLE not in os.environ
+
+
+def test_files_of_vllms_own_directory_are_for_several_api_servers(monkeypatch, tmp_path):
+    monkeypatch.setenv(place.MERGED, str(tmp_path))
+    made = place.establish("some/model")
+    assert place.figures_directory() == tmp_path
+    assert json.loads((made / place.ABOUT).read_text())["figures"] == str(tmp_path)
+    assert place.running()[0].figures == tmp_path
+
+
+def test_a_variable_that_names_nothing_is_none(monkeypatch, tmp_path):
+    monkeypatch.setenv(place.VARIABLE, str(tmp_path / "gone"))
+    assert place.current() is None
+    assert place.figures_directory() is None
+    assert place.here() is None

@@ -1,0 +1,331 @@
+"""Decided for each request where it enters the engine; what is decided keeps its blocks apart."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+from prometheus_client import CollectorRegistry
+from vllm.exceptions import VLLMValidationError
+from vllm.pooling_params import PoolingParams
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.request import Request
+from vllm_configs import configured
+
+import vllm_s2o
+from vllm_s2o import compat, metrics, plugin
+from vllm_s2o.metrics import place
+from vllm_s2o.metrics.figures import figures
+from vllm_s2o.metrics.switch import SALT, admit, set_switch
+
+
+@pytest.fixture
+def server(logger):
+    """Of this process."""
+    metrics.begin("some/model", logger)
+    return place.here()
+
+
+def request(extra=None, salt=None, pooling=False, **fields) -> EngineCoreRequest:
+    params = PoolingParams(extra_kwargs=extra) if pooling else SamplingParams(extra_args=extra)
+    kind = {"pooling_params": params, "sampling_params": None} if pooling else {"sampling_params": params}
+    known = {
+        "request_id": "a", "prompt_token_ids": list(range(64)), "mm_features": None, "pooling_params": None,
+        "arrival_time": 0.0, "lora_request": None, "cache_salt": salt, "data_parallel_rank": None,
+    }  # fmt: skip
+    return EngineCoreRequest(**known | kind | fields)
+
+
+def hashes(entered: EngineCoreRequest) -> list[bytes]:
+    """Keys of its blocks in vLLM's prefix cache, and in the stores that take these."""
+    init_none_hash(sha256)
+    return Request.from_engine_core_request(entered, get_request_block_hasher(16, sha256)).block_hashes
+
+
+def decided(config, **fields) -> EngineCoreRequest:
+    entered = request(**fields)
+    admit(config, entered)
+    return entered
+
+
+def carried(entered) -> str | None:
+    return compat.mark_of(entered)
+
+
+# -- the switch -------------------------------------------------------------------------------------------------------
+
+
+def test_off_and_on_again(server):
+    config = configured()
+    assert (carried(decided(config)), figures().on) == (None, True)
+    set_switch(False)
+    assert (carried(decided(config)), figures().on) == ("off", False)
+    set_switch(False)
+    set_switch(True)
+    assert (carried(decided(config)), figures().on) == (None, True)
+    set_switch(True)
+
+
+def test_another_process_switches(server):
+    """The command finds the server; the engine looks at each request."""
+    (found,) = place.running()
+    set_switch(False, found)
+    assert carried(decided(configured())) == "off"
+    assert not place.running()[0].on
+    vllm_s2o.set_switch(True)
+    assert carried(decided(configured())) is None
+
+
+def test_a_request_keeps_its_path(server):
+    before = decided(configured())
+    set_switch(False)
+    after = decided(configured())
+    set_switch(True)
+    assert (carried(before), carried(after)) == (None, "off")
+
+
+def test_without_a_directory_s2o_stays_on(monkeypatch):
+    assert carried(decided(configured())) is None
+
+
+# -- what a request asks for ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pooling", [False, True])
+def test_a_request_asks_for_dense_attention(server, pooling):
+    entered = decided(configured(), extra={"s2o": "dense", "other": 1}, pooling=pooling)
+    assert carried(entered) == "dense"
+    params = entered.pooling_params if pooling else entered.sampling_params
+    assert (params.extra_kwargs if pooling else params.extra_args) == {"s2o": "dense", "other": 1}
+
+
+def test_a_wish_counts_more_than_the_switch(server):
+    """Both are dense; the figures are to say who wanted it."""
+    set_switch(False)
+    assert carried(decided(configured(), extra={"s2o": "dense"})) == "dense"
+
+
+def test_parameters_that_requests_share_are_not_changed(server):
+    shared = SamplingParams(extra_args={"other": 1})
+    set_switch(False)
+    first = request(sampling_params=shared)
+    admit(configured(), first)
+    assert shared.extra_args == {"other": 1}
+    assert first.sampling_params.extra_args == {"other": 1, "s2o": "off"}
+
+
+@pytest.mark.parametrize("given", ["sparse", "off", "on", True, 1, ["dense"]])
+@pytest.mark.parametrize("pooling", [False, True])
+def test_other_wishes_are_refused(given, pooling):
+    params = request(extra={"s2o": given}, pooling=pooling).params
+    sentence = compat.wish_problem(params)
+    assert sentence == f"The extra argument 's2o' of a request cannot be {given!r}; allowed is 'dense'."
+
+
+@pytest.mark.parametrize("extra", [None, {}, {"other": 1}, {"s2o": "dense"}])
+def test_the_rest_is_let_through(extra):
+    assert compat.wish_problem(SamplingParams(extra_args=extra)) is None
+
+
+# -- caches -----------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_of_dense_and_sparse_prompts_are_never_the_same(server):
+    sparse = hashes(decided(configured()))
+    asked = hashes(decided(configured(), extra={"s2o": "dense"}))
+    set_switch(False)
+    switched_off = hashes(decided(configured()))
+    assert len(sparse) == 4
+    assert not set(sparse) & set(asked)
+    assert asked == switched_off, "dense is dense"
+    assert sparse == hashes(request()), "a sparse prompt's are what they are without a decision"
+
+
+@pytest.mark.parametrize("extra", [None, {"s2o": "dense"}])
+def test_a_salt_of_the_clients_stays_apart(server, extra):
+    found = [hashes(decided(configured(), extra=extra, salt=salt)) for salt in (None, "mine", "yours")]
+    assert not set(found[0]) & set(found[1])
+    assert not set(found[1]) & set(found[2])
+
+
+def test_a_store_of_keys_and_values_is_parted_by_config(server):
+    store = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
+    one, same, other = (configured(store=store, threshold=threshold) for threshold in (0.01, 0.01, 0.02))
+    found = [hashes(decided(config)) for config in (one, same, other)]
+    assert found[0] == found[1]
+    assert not set(found[0]) & set(found[2])
+    assert not set(found[0]) & set(hashes(request())), "nor does a server without S2O share them"
+    dense = [hashes(decided(config, extra={"s2o": "dense"})) for config in (one, other)]
+    assert dense[0] == dense[1], "dense prompts do not depend on the config"
+    assert not set(dense[0]) & set(found[0])
+
+
+def test_salts_are_written_as_documented(server):
+    store = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
+    config = configured(store=store)
+    assert decided(config).cache_salt == f"s2o-{config.digest}"
+    assert decided(config, salt="mine").cache_salt == f"s2o-{config.digest}-mine"
+    assert decided(configured(), extra={"s2o": "dense"}).cache_salt == SALT == "s2o-dense"
+
+
+@pytest.mark.parametrize(
+    ("store", "warned"),
+    [
+        (None, []),
+        ({"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}, []),
+        ({"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}, ["LMCacheConnectorV1"]),
+        ({"kv_connector": "SomeoneElses", "kv_role": "kv_both"}, ["SomeoneElses"]),
+        (
+            {
+                "kv_connector": "MultiConnector", "kv_role": "kv_both",
+                "kv_connector_extra_config": {
+                    "connectors": [{"kv_connector": "NixlConnector"}, {"kv_connector": "ExampleConnector"}]
+                },
+            },
+            ["ExampleConnector"],
+        ),
+    ],
+)  # fmt: skip
+def test_stores_that_may_mix_are_warned_of(store, warned, monkeypatch):
+    lines = []
+    monkeypatch.setattr(compat.logger(), "warning", lambda line, *values: lines.append(line % values))
+    plugin.check(configured(store=store))
+    assert [line.split()[1] for line in lines if "may key what it stores by tokens alone" in line] == warned
+
+
+def test_known_connectors_are_vllms():
+    """A name that vLLM does not have would hide the warning for another one."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    assert set(KVConnectorFactory._registry) >= compat.SALTED_CONNECTORS
+
+
+# -- the hooks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def engine(monkeypatch, server):
+    """As much of vLLM's engine as handles a new request."""
+    monkeypatch.setattr(EngineCore, "preprocess_add_request", EngineCore.preprocess_add_request)
+    compat.follow_requests(plugin.admit, load=True)
+    made = object.__new__(EngineCore)
+    made.mm_receiver_cache = None
+    made.request_block_hasher = None
+    made.vllm_config = configured()
+    return made
+
+
+def test_a_request_is_decided_before_the_engine_keeps_it(engine):
+    set_switch(False)
+    kept, _ = engine.preprocess_add_request(request())
+    assert (kept.cache_salt, kept.sampling_params.extra_args) == (SALT, {"s2o": "off"})
+
+
+def test_an_engine_without_the_flag_is_left_alone(engine):
+    set_switch(False)
+    engine.vllm_config.attention_config = SimpleNamespace(backend=None)
+    kept, _ = engine.preprocess_add_request(request(extra={"s2o": "dense"}))
+    assert kept.cache_salt is None
+
+
+def test_the_engine_is_hooked_once(engine):
+    once = EngineCore.preprocess_add_request
+    compat.follow_requests(plugin.admit, load=True)
+    assert EngineCore.preprocess_add_request is once
+
+
+def test_under_ray_a_wish_is_refused_and_the_switch_has_no_effect(engine):
+    """Rather than ignored: no rank would see it."""
+    engine.vllm_config.parallel_config.distributed_executor_backend = "ray"
+    with pytest.raises(RuntimeError, match="under Ray"):
+        engine.preprocess_add_request(request(extra={"s2o": "dense"}))
+    set_switch(False)
+    kept, _ = engine.preprocess_add_request(request())
+    assert (kept.cache_salt, kept.sampling_params.extra_args) == (None, None)
+
+
+def test_ray_is_warned_of(monkeypatch):
+    lines = []
+    monkeypatch.setattr(compat.logger(), "warning", lambda line, *values: lines.append(line % values))
+    config = configured()
+    config.parallel_config.distributed_executor_backend = "ray"
+    plugin.check(config)
+    (line,) = [line for line in lines if "under Ray" in line]
+    assert line.startswith("s2o: no switch, no dense requests, and figures without requests: ")
+
+
+def test_the_platform_refuses_a_wrong_wish(monkeypatch):
+    """Where a client gets the sentence: in the process that talks to it."""
+    from vllm import platforms
+
+    class Platform:
+        @classmethod
+        def check_and_update_config(cls, vllm_config): ...
+
+        @classmethod
+        def validate_request(cls, processed_inputs, params): ...
+
+        def is_cpu(self):
+            return False
+
+    monkeypatch.setattr(platforms, "current_platform", Platform())
+    compat.install_hooks(lambda config: None)
+    wrong = SamplingParams(extra_args={"s2o": "sparse"})
+    Platform.validate_request({}, wrong)  # there is no flag
+    Platform.check_and_update_config(configured())
+    Platform.validate_request({}, SamplingParams(extra_args={"s2o": "dense"}))
+    with pytest.raises(VLLMValidationError, match="allowed is 'dense'"):
+        Platform.validate_request({}, wrong)
+
+
+# -- where a configuration is read ------------------------------------------------------------------------------------
+
+
+def test_a_server_shows_its_figures_from_the_start(monkeypatch, logger):
+    registry = CollectorRegistry()
+    monkeypatch.setattr("prometheus_client.REGISTRY", registry)
+    monkeypatch.setattr(metrics, "_shown", set())
+    for _ in range(2):  # vLLM makes several configurations
+        metrics.begin("some/model", logger)
+    assert registry.get_sample_value("vllm_s2o_enabled") == 1.0
+    set_switch(False)
+    metrics.begin("some/model", logger)
+    assert registry.get_sample_value("vllm_s2o_enabled") == 0.0, "a later configuration does not switch"
+
+
+def test_with_several_api_servers_vllm_collects(monkeypatch, tmp_path, logger):
+    registry = CollectorRegistry()
+    monkeypatch.setattr("prometheus_client.REGISTRY", registry)
+    monkeypatch.setattr(metrics, "_shown", set())
+    monkeypatch.setenv(place.MERGED, str(tmp_path))
+    stale = tmp_path / "counter_s2o-1.db"
+    stale.touch()
+    (tmp_path / "counter_1.db").touch()
+    metrics.begin("some/model", logger)
+    assert not stale.exists()
+    assert sorted(path.name for path in tmp_path.glob("*.db")) == [
+        "counter_1.db", f"gauge_max_s2o-switch-{place.here().pid}.db"
+    ]  # fmt: skip
+    assert list(registry.collect()) == []
+    assert figures().on
+    set_switch(False)
+    assert not figures().on
+
+
+def test_a_machine_without_a_place_serves_all_the_same(logger):
+    place.base().touch()
+    metrics.begin("some/model", logger)
+    (line,) = logger.lines
+    assert line.startswith("s2o: no figures and no switch: ")
+    assert carried(decided(configured())) is None
+
+
+def test_a_copy_of_the_parameters_is_enough():
+    """What `mark` counts on: the copy has a dictionary of its own afterwards."""
+    params = SamplingParams(extra_args={"a": 1})
+    other = copy.copy(params)
+    other.extra_args = {"b": 2}
+    assert params.extra_args == {"a": 1}

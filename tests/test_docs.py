@@ -1,0 +1,47 @@
+"""The pages of docs/: what they link and name is there. Their `vllm-s2o` commands run in tests/cli/test_command.py."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from processes import ROOT
+
+from vllm_s2o import config_reference
+from vllm_s2o.quality import tasks
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+TEXTS = {page.name: page.read_text() for page in PAGES}
+NAMES = {page: set(re.findall(r"`([^`\n]+)`", text)) for page, text in TEXTS.items()}
+
+
+def test_the_reference_is_what_make_docs_writes():
+    assert TEXTS["config.md"] == config_reference.markdown()
+    assert TEXTS["config.md"].count("\n| `") == len(config_reference.fields())
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXTS[page]):
+        if not target.startswith("https://"):
+            assert (ROOT / "docs" / target).exists(), target
+
+
+def test_every_page_is_listed():
+    assert {f"({page})" for page in TEXTS} - {"(README.md)"} <= set(re.findall(r"\([\w.-]+\)", TEXTS["README.md"]))
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_targets_and_files_exist(page):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for name in NAMES[page]:
+        if name.startswith("make "):
+            assert name.split()[1] in targets, name
+        elif re.fullmatch(r"(vllm_s2o|kernels|configs|examples|benchmarks|tests)/[\w./-]*", name):
+            assert (ROOT / name).exists(), name
+
+
+def test_the_command_for_tasks_has_help():
+    assert any("python -P -m vllm_s2o.quality.tasks --help" in text for text in TEXTS.values())
+    told = subprocess.run([sys.executable, "-P", "-m", tasks.__name__, "--help"], capture_output=True, text=True)
+    assert told.stdout.startswith("usage:"), told.stderr

@@ -1,0 +1,43 @@
+"""What S2O did: figures for Prometheus and for programs, and a switch.
+
+    place      the directory in which a server's processes meet
+    channel    files that one process writes and another one reads
+    figures    which figures there are
+    prompts    which requests a step computes
+    switch     sparse or dense, for each request
+
+One process of a server reads the configuration, others compute, one or several are asked: none counts on being
+another one.
+"""
+
+import contextlib
+import logging
+import os
+
+from vllm_s2o.metrics import place
+
+_shown: set[int] = set()
+"""Processes whose registry has our figures: a forked one has its parent's."""
+
+
+def begin(model: str, logger: logging.Logger) -> None:
+    """Call where a configuration with the flag is read, before other processes start."""
+    from prometheus_client import REGISTRY
+
+    from vllm_s2o.metrics import channel, switch
+
+    before = place.current()
+    try:
+        directory = place.establish(model)
+        server = place.here()
+        if directory != before and server is not None:
+            if server.figures != directory:
+                channel.remove(server.figures)
+            switch.show(server, True)
+    except OSError as error:
+        logger.warning("s2o: no figures and no switch: %s.", error)
+        return
+    if place.MERGED not in os.environ and not _shown & {os.getpid()}:
+        _shown.add(os.getpid())
+        with contextlib.suppress(ValueError):
+            REGISTRY.register(channel.Collector(directory, logger))

@@ -1,0 +1,158 @@
+"""Where the processes of one server meet: a directory with its figures and its switch.
+
+The process that reads the configuration (the API server, or a program) makes it before it starts others, and hands it
+down in its environment. Whoever made it holds a lock on a file beside it: what has no lock belongs to no server, and
+is removed by the next one that starts.
+"""
+
+import atexit
+import contextlib
+import fcntl
+import json
+import multiprocessing
+import os
+import secrets
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+VARIABLE = "S2O_SERVER"
+"""Names the directory to the server's processes. Not VLLM_..., which vLLM would warn of: it knows its own variables."""
+
+MERGED = "PROMETHEUS_MULTIPROC_DIR"
+"""Set where vLLM has several API servers, or by the user: /metrics is then what the files in this directory add up to,
+and nothing else."""
+
+OFF = "off"
+ABOUT = "about.json"
+
+_mine: tuple[int, Path] | None = None
+"""What this process made, with its id: a forked process made nothing."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """One that runs on this machine, for this user."""
+
+    directory: Path
+    pid: int
+    model: str
+    figures: Path
+    """Where its processes write."""
+
+    @property
+    def on(self) -> bool:
+        return not (self.directory / OFF).exists()
+
+
+def base() -> Path:
+    return Path(tempfile.gettempdir()) / f"vllm-s2o-{os.getuid()}"
+
+
+def _own_base() -> Path:
+    """Made if it is missing. A directory of this name in /tmp may be anyone's."""
+    path = base()
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()
+    if not path.is_dir() or path.is_symlink() or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise PermissionError(f"{path} is not a directory that this user alone can write to")
+    return path
+
+
+def establish(model: str) -> Path:
+    """The server's directory, made unless this process or the one that started it did. Raises OSError."""
+    global _mine
+    given = current()
+    if given is not None and (multiprocessing.parent_process() is not None or _mine == (os.getpid(), given)):
+        return given
+    parent = _own_base()
+    sweep()
+    name = f"{os.getpid()}-{secrets.token_hex(4)}"
+    lock = open(parent / f"{name}.lock", "w")  # noqa: SIM115 - for as long as this process lives
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    directory = parent / name
+    directory.mkdir(mode=0o700)
+    merged = os.environ.get(MERGED)
+    figures = Path(merged) if merged else directory
+    about = {"pid": os.getpid(), "model": model, "figures": str(figures)}
+    (directory / ABOUT).write_text(json.dumps(about))
+    os.environ[VARIABLE] = str(directory)
+    _mine = os.getpid(), directory
+    atexit.register(_leave, os.getpid(), directory, lock)
+    return directory
+
+
+def _leave(pid: int, directory: Path, lock: TextIO) -> None:
+    if os.getpid() == pid:
+        shutil.rmtree(directory, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.unlink(lock.name)
+
+
+def current() -> Path | None:
+    """The directory of the server that this process belongs to."""
+    given = os.environ.get(VARIABLE)
+    return Path(given) if given and Path(given).is_dir() else None
+
+
+def switched_off() -> bool:
+    """Whether the switch of the server that this process belongs to is off."""
+    given = os.environ.get(VARIABLE)
+    return bool(given) and os.path.exists(f"{given}/{OFF}")
+
+
+def figures_directory() -> Path | None:
+    """Where this server's processes write their figures."""
+    merged = os.environ.get(MERGED)
+    return Path(merged) if merged and Path(merged).is_dir() else current()
+
+
+def made_here() -> bool:
+    """Whether this is the process that made the directory."""
+    return _mine is not None and _mine == (os.getpid(), current())
+
+
+def _alive(directory: Path) -> bool:
+    try:
+        with open(f"{directory}.lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
+
+
+def _directories() -> list[Path]:
+    try:
+        return sorted(path for path in base().iterdir() if path.is_dir() and not path.is_symlink())
+    except FileNotFoundError:
+        return []
+
+
+def sweep() -> None:
+    """Remove what servers left that were killed."""
+    for directory in _directories():
+        if not _alive(directory):
+            shutil.rmtree(directory, ignore_errors=True)
+            Path(f"{directory}.lock").unlink(missing_ok=True)
+
+
+def running() -> list[Server]:
+    """This user's servers on this machine."""
+    servers = []
+    for directory in _directories():
+        if _alive(directory):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # one that starts or ends just now
+                about = json.loads((directory / ABOUT).read_text())
+                servers.append(Server(directory, int(about["pid"]), str(about["model"]), Path(about["figures"])))
+    return servers
+
+
+def here() -> Server | None:
+    """The server that this process belongs to."""
+    directory = current()
+    return next((server for server in running() if server.directory == directory), None)

@@ -1,0 +1,70 @@
+"""Sparse or dense: decided once for each request, where it enters the engine.
+
+The decision travels with the request's parameters to every rank, so that no rank decides by itself and none can differ,
+and a request keeps its path whatever is switched meanwhile. What is dense by decision gets a cache salt: vLLM's prefix
+cache then never gives it keys and values of a sparse run, nor the other way round.
+"""
+
+from typing import Any
+
+from vllm_s2o import compat
+from vllm_s2o.metrics import place
+from vllm_s2o.metrics.channel import write_alone
+from vllm_s2o.metrics.figures import ENABLED
+
+KEY = compat.REQUEST_KEY
+ASKED, SWITCHED_OFF = "dense", "off"
+"""What may stand under KEY: a client's wish, and what is put there while the switch is off."""
+
+REASONS = {ASKED: "asked by the request", SWITCHED_OFF: "switched off"}
+
+SALT = "s2o-dense"
+
+_last: tuple[Any, str] | None = None
+"""The configuration of this process's engine, and the hash of its config."""
+
+
+def set_switch(on: bool, server: place.Server | None = None) -> None:
+    """Let new requests of a server be sparse, or not. By default of the engines of this program.
+
+    Raises:
+        LookupError: there is no such server.
+    """
+    server = place.here() if server is None else server
+    if server is None:
+        raise LookupError("there is no engine with the S2O backend in this program")
+    if on:
+        (server.directory / place.OFF).unlink(missing_ok=True)
+    else:
+        (server.directory / place.OFF).touch()
+    show(server, on)
+
+
+def show(server: place.Server, on: bool) -> None:
+    """On /metrics."""
+    write_alone(server.figures, f"switch-{server.pid}", ENABLED, [({}, float(on))])
+
+
+def admit(vllm_config: Any, engine_request: Any) -> None:
+    """Decide how a request that enters the engine is computed, and mark it."""
+    mark = None
+    if compat.wish(engine_request) == ASKED:
+        mark = ASKED
+    elif place.switched_off():
+        mark = SWITCHED_OFF
+    problem = mark and compat.unseen_steps(vllm_config)
+    if problem and mark == ASKED:
+        raise RuntimeError(f"s2o: a request asks for dense attention, which cannot be had here: {problem}")
+    if mark and not problem:
+        compat.mark(engine_request, mark, SALT)
+    elif compat.kv_connectors(vllm_config):
+        compat.mark(engine_request, None, f"s2o-{_digest(vllm_config)}")
+
+
+def _digest(vllm_config: Any) -> str:
+    from vllm_s2o.settings import resolve
+
+    global _last
+    if _last is None or _last[0] is not vllm_config:
+        _last = vllm_config, resolve(vllm_config).digest()
+    return _last[1]
