@@ -22,7 +22,7 @@ def after(maps: Maps, whose: str) -> Markup:
     by = "query's position" if maps.by_position else "queries as they are tiled"
     return _map(
         maps, maps.after, whose, "After permutation, with the stop line",
-        "Own segment first, to the dashed line; then the history, most important keys first.",
+        "Own segment to the dashed line, then the history by importance.",
         ("keys in the order of their visits", by), _lines(maps),
     )  # fmt: skip
 
@@ -92,7 +92,7 @@ def _lines(maps: Maps) -> Markup:
 
 def scale() -> Markup:
     """Which shade means how much."""
-    names = f"{100 * LEAST:g} % or less", "100 % of a query's attention"
+    names = f"{100 * LEAST:g} %", "100 % of a query's attention"
     row = [bytes(range(1, len(LIGHT) + 1))]
     pictures = [
         el("img", src=png.uri(png.png(row, colours)), alt="shades from little to much attention", class_=f"in-{scheme}")

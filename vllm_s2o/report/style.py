@@ -47,11 +47,11 @@ h2 {{ font-size: 1.3rem; margin: 2.5rem 0 .5rem; padding-top: 1rem; border-top: 
 h3 {{ font-size: 1.05rem; margin: 2rem 0 .25rem }}
 p, dl {{ max-width: 75ch }}
 .soft, figcaption span, footer {{ color: var(--soft) }}
-dl > div {{ display: grid; grid-template-columns: minmax(6.5rem, 10rem) 1fr; gap: 0 .75rem }}
+dl > div {{ display: grid; grid-template-columns: 5rem 1fr; gap: 0 .75rem }}
 dt {{ color: var(--soft) }} dd {{ margin: 0 }}
 .charts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem 2rem;
   align-items: start }}
-figure {{ margin: .5rem 0; max-width: 40rem; min-width: 0 }}
+figure {{ margin: .5rem 0; max-width: 36rem; min-width: 0 }}
 figcaption b {{ display: block }} figcaption span {{ font-size: .9rem; display: block }}
 figure > svg {{ display: block; width: 100%; height: auto; overflow: visible }}
 svg text {{ font: 14px system-ui, sans-serif; fill: var(--soft) }}
