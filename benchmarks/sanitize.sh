@@ -18,10 +18,14 @@ if [ -z "$tool" ]; then
     exit 1
 fi
 
+# Problems are made as for the tests. Each tensor is an allocation of its own, so that what is read or written beside it is
+# found.
+export PYTHONPATH=tests/helpers${PYTHONPATH:+:$PYTHONPATH} PYTORCH_NO_CUDA_MEMORY_CACHING=1
+
 # Compiled before the clock starts: under a sanitizer compilers run as slowly as all else.
 "$PYTHON" -P benchmarks/sanitize_cases.py >/dev/null
 
-# Racecheck follows shared memory. Reads beside an allocation are memcheck's, which needs the caching allocator off.
+# Memcheck finds what is read or written beside an allocation, racecheck what threads do to each other in shared memory.
 failed=0
 report=$(mktemp)
 trap 'rm -f "$report"' EXIT

@@ -2,17 +2,9 @@
 
 Together they take both paths (Gluon and Triton alone), each layout of a cache that the kernels read otherwise, histories
 that end inside a block, tiles that stop early, queries in another order, and tiles that are computed again.
-
-Each tensor is an allocation of its own, so that what is read or written beside it is found.
 """
 
 import argparse
-import os
-import sys
-from pathlib import Path
-
-os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 
 import torch
 from cases import by_rows, make_case
@@ -24,12 +16,12 @@ SMALL = dict(query_lens=[150, 1, 70], seq_lens=[150, 90, 333])
 
 CASES = {
     "dense": dict(params=dict(threshold=0.0)),
-    "stops": dict(params=dict(threshold=0.05), layout="joined_blocks"),
-    "one half": dict(params=dict(threshold=0.05, tile_size=64, segment_len=64, key_block=32, stop_interval=1)),
+    "stops": dict(params=dict(threshold=0.3), layout="joined_blocks"),
+    "one half": dict(params=dict(threshold=0.3, tile_size=64, segment_len=64, key_block=32, stop_interval=1)),
     "fp16": dict(params=dict(threshold=0.02, stop_rule="mean_row"), dtype=torch.float16, head_size=64),
     "bad numbers": dict(params=dict(threshold=0.0), bad=True),
-    "guide": dict(params=dict(threshold=0.05, query_order="guide"), layout="head_major"),
-    "head size 96, 16 classes": dict(params=dict(threshold=0.05, num_classes=16), head_size=96, layout="separate"),
+    "guide": dict(params=dict(threshold=0.3, query_order="guide"), layout="head_major"),
+    "head size 96, 16 classes": dict(params=dict(threshold=0.3, num_classes=16), head_size=96, layout="separate"),
     "budget": dict(params=dict(budget=0.3), layout="transposed_keys", page=32),
 }
 DEFAULTS = dict(num_heads=2, num_kv_heads=1, head_size=128, dtype=torch.bfloat16, layout="joined_rows")
