@@ -16,11 +16,11 @@ SMALL = dict(query_lens=[150, 1, 70], seq_lens=[150, 90, 333])
 
 CASES = {
     "dense": dict(params=dict(threshold=0.0)),
-    "stops": dict(params=dict(threshold=0.3), layout="joined_blocks"),
+    "stops": dict(params=dict(threshold=0.4), layout="joined_blocks"),
     "one half": dict(params=dict(threshold=0.3, tile_size=64, segment_len=64, key_block=32, stop_interval=1)),
     "fp16": dict(params=dict(threshold=0.02, stop_rule="mean_row"), dtype=torch.float16, head_size=64),
     "bad numbers": dict(params=dict(threshold=0.0), bad=True),
-    "guide": dict(params=dict(threshold=0.3, query_order="guide"), layout="head_major"),
+    "guide": dict(params=dict(threshold=0.4, query_order="guide"), layout="head_major"),
     "head size 96, 16 classes": dict(params=dict(threshold=0.3, num_classes=16), head_size=96, layout="separate"),
     "budget": dict(params=dict(budget=0.3), layout="transposed_keys", page=32),
 }
@@ -29,7 +29,7 @@ DEFAULTS = dict(num_heads=2, num_kv_heads=1, head_size=128, dtype=torch.bfloat16
 
 def run(name: str, implementation: str) -> None:
     options = dict(CASES[name])
-    params = S2OParams(**{"segment_len": 128} | options.pop("params"))
+    params = S2OParams(**{"segment_len": 128, "stop_interval": 1} | options.pop("params"))
     bad = options.pop("bad", False)
     case = make_case(**SMALL, **DEFAULTS | options)
     if bad:
