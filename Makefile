@@ -42,7 +42,7 @@ export PYTHONSAFEPATH = 1
 SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .ONESHELL:
-.PHONY: help serve serve-command check test test-fast test-matrix test-peers bench bench-attention bench-serving quality frontier tasks docs \
+.PHONY: help serve serve-command check test test-fast test-matrix test-peers soak sanitize bench bench-attention bench-serving quality frontier tasks docs \
 	needs-gpu install discard clean
 
 help: ## list what there is to make
@@ -74,6 +74,14 @@ check: .venv/checkers ## check lint, format and types
 # The wheels are downloaded once: of each, some megabytes stay in ~/.cache/vllm-s2o/matrix or in $VLLM_S2O_MATRIX.
 test-matrix: $(INSTALLED) ## check what is used of vLLM in its sources of several versions; VERSIONS="0.27.1 0.33.0" takes those alone
 	@.venv/bin/pytest tests/matrix $(if $(VERSIONS),--versions "$(VERSIONS)")
+
+# What `make test` looks at briefly: EXAMPLES problems that hypothesis thinks of, some ten minutes on a CPU.
+EXAMPLES = 2000
+soak: $(INSTALLED) ## thousands of random problems against the oracle: EXAMPLES=
+	@VLLM_S2O_EXAMPLES=$(EXAMPLES) .venv/bin/pytest $(PARALLEL) --timeout 7200 tests/attention/test_differential.py
+
+sanitize: needs-gpu $(INSTALLED) ## on a GPU: the kernels under compute-sanitizer, into benchmarks/results/sanitize.txt
+	@bash benchmarks/sanitize.sh
 
 test-peers: $(INSTALLED) ## check our forms of other methods against released code: PEERS="pbs=PATH flashprefill=PATH flexprefill=PATH xattention=PATH"
 	@[ -n "$(PEERS)" ] || { echo 'make test-peers takes checkouts: PEERS="pbs=PATH flashprefill=PATH flexprefill=PATH xattention=PATH".' >&2; exit 1; }
@@ -130,7 +138,7 @@ docs: $(INSTALLED) ## write docs/config.md anew
 	@.venv/bin/python -P -m vllm_s2o.config_reference > docs/config.md
 
 needs-gpu:
-	@[ -n "$(GPU)" ] || { echo "make bench needs an NVIDIA GPU, and nvidia-smi finds none." >&2; exit 1; }
+	@[ -n "$(GPU)" ] || { echo "make $(or $(firstword $(MAKECMDGOALS)),bench) needs an NVIDIA GPU, and nvidia-smi finds none." >&2; exit 1; }
 
 install: $(INSTALLED) ## make the virtual environment .venv
 

@@ -1,5 +1,6 @@
 """One step through vLLM's own layers and builders, on the CPU: who attends which rows."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -226,3 +227,30 @@ def test_arguments_of_a_newer_vllm_reach_the_dense_backend(start, finished, monk
     assert out.equal(expected)
     assert seen == ["forward"] * len(metadata.s2o.dense)
     assert seen, "the step has no dense rows"
+
+
+_opened: list[str] = []
+_watched = [False]
+
+
+def _watch(event: str, args: tuple) -> None:
+    if _watched[0] and event in ("open", "os.listdir", "os.scandir", "subprocess.Popen", "import"):
+        _opened.append(f"{event} {args}")
+
+
+def test_a_step_reads_no_file(start, finished):
+    """What a layer runs with was settled at start. A step knows lengths and tensors: no request can name a config."""
+    sparse = start()
+    batch = Batch(sparse.layers[0])
+    first = batch.attend(sparse.layers[0], sparse.builder.build(0, batch.common))  # imports what is imported once
+    sys.addaudithook(_watch)  # for good: there is no way to remove it
+    _watched[0] = True
+    try:
+        again = batch.attend(sparse.layers[0], sparse.builder.build(0, batch.common))
+        during = list(_opened)
+        open(__file__).close()
+    finally:
+        _watched[0] = False
+    assert during == []
+    assert len(_opened) == 1, "the watch sees what is opened"
+    assert again.equal(first)

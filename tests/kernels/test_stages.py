@@ -1,5 +1,10 @@
 """Each stage against the oracle: one test, run on the CPU path and on the Triton kernels."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from cases import DEVICE, LAYOUTS, error_bar, make_case
@@ -176,3 +181,17 @@ def test_layouts(implementation, layout, page, dtype):
 
 def test_params_defaults_are_valid():
     assert S2OParams().segment_len % S2OParams().tile_size == 0
+
+
+def test_compiled_for_a_gpu():
+    """What the interpreter takes, a compiler need not. Computing tiles again takes no GPU out that could compute them."""
+    helpers = Path(__file__).parents[1] / "helpers"
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(helpers), *filter(None, [env.get("PYTHONPATH")])])
+    script = helpers / "compile_triton.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env, timeout=550)
+    assert done.returncode == 0, done.stderr[-2000:]
+    words = [line.split() for line in done.stdout.splitlines()]
+    shared = {said[0]: int(said[1]) for said in words if len(said) == 2 and said[1].isdigit()}
+    assert len(shared) == 10
+    assert max(shared["marked"], shared["marked_other"]) < shared["attend"]

@@ -1,0 +1,62 @@
+"""A few kernel cases for `compute-sanitizer`, which runs them some hundred times slower: see `sanitize.sh`.
+
+Together they take both paths (Gluon and Triton alone), each layout of a cache that the kernels read otherwise, histories
+that end inside a block, tiles that stop early, queries in another order, and tiles that are computed again.
+"""
+
+import argparse
+
+import torch
+from cases import by_rows, make_case
+
+from vllm_s2o import S2OParams, prefill_attention
+
+SMALL = dict(query_lens=[150, 1, 70], seq_lens=[150, 90, 333])
+"""A whole prompt, the next token, and a chunk that begins and ends inside segments."""
+
+CASES = {
+    "dense": dict(params=dict(threshold=0.0)),
+    "stops": dict(params=dict(threshold=0.4), layout="joined_blocks"),
+    "one half": dict(params=dict(threshold=0.3, tile_size=64, segment_len=64, key_block=32, stop_interval=1)),
+    "fp16": dict(params=dict(threshold=0.02, stop_rule="mean_row"), dtype=torch.float16, head_size=64),
+    "bad numbers": dict(params=dict(threshold=0.0), bad=True),
+    "guide": dict(params=dict(threshold=0.4, query_order="guide"), layout="head_major"),
+    "head size 96, 16 classes": dict(params=dict(threshold=0.3, num_classes=16), head_size=96, layout="separate"),
+    "budget": dict(params=dict(budget=0.3), layout="transposed_keys", page=32),
+}
+DEFAULTS = dict(num_heads=2, num_kv_heads=1, head_size=128, dtype=torch.bfloat16, layout="joined_rows")
+
+
+def run(name: str, implementation: str) -> None:
+    options = dict(CASES[name])
+    params = S2OParams(**{"segment_len": 128, "stop_interval": 1} | options.pop("params"))
+    bad = options.pop("bad", False)
+    case = make_case(**SMALL, **DEFAULTS | options)
+    if bad:
+        block, place = int(case.block_table[0, 3]), 5
+        case.value_cache[block, place, 0, 7] = float("nan")
+    out, stats = prefill_attention(**case.arguments, params=params, return_stats=True, implementation=implementation)
+    torch.cuda.synchronize()
+    density = (stats.visited_pairs.sum() / stats.causal_pairs.sum()).item()
+    if not bad and not out.isfinite().all():
+        raise SystemExit(f"{name}: not finite")
+    if density == 1:
+        exact = by_rows(case)
+        known = exact.isfinite()
+        error = (out.double() - exact)[known].abs().max().item()
+        if not error < 0.1:
+            raise SystemExit(f"{name}: off by {error}")
+    print(f"{implementation:7} {name}: density {density:.3f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    args = parser.parse_args()
+    for name in args.cases:
+        for implementation in ("cuda", "triton"):
+            run(name, implementation)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Compile the Triton kernels for a GPU, on any machine; prints the shared memory that each takes.
+
+Triton's interpreter, in which tests run them without a GPU, takes programs that no compiler does.
+"""
+
+import math
+
+import triton
+from compile_gluon import POINTERS
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vllm_s2o.kernels import naive, prefill, rank
+from vllm_s2o.kernels.tables import SORT_BLOCK, SPREAD_KEYS
+
+TYPES = POINTERS | {"Mean": "*bf16", "Variance": "*bf16", "Spread": "*fp32", "Products": "*fp32"}
+
+
+def compile_for(kernel, constants: dict, **options) -> int:
+    names = kernel.arg_names
+    signature, attributes = {}, {}
+    constants = constants | {n: 1 for n in names if n.endswith("_dim")}  # which the launcher specialises on
+    for at, name in enumerate(names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name[0].isupper():
+            signature[name] = TYPES.get(name, "*i32")
+            attributes[(at,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+            if name.startswith("stride") and name != "stride_table":
+                attributes[(at,)] = [["tt.divisibility", 16]]
+    known = {(names.index(name),): value for name, value in constants.items() if name in names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
+
+
+def main() -> None:
+    shape = dict(PAGE=16, D=128, BLOCK_D=128)
+    attend = shape | dict(
+        GROUP=4, TILE=128, UNIT=64, INTERVAL=2, WORST_ROW=True, ORDERED=False, S=1, PRECISION="tf32"
+    )  # fmt: skip
+    print("attend", compile_for(prefill._attend, attend | {"BLOCK": 64}, num_warps=8, num_stages=3))
+    marked = attend | {"BLOCK": math.gcd(128, 32)}
+    print("marked", compile_for(prefill._attend_marked, marked | {"PARTS": 1}, num_warps=8, num_stages=1))
+    # Everything that the kernel does otherwise for other problems, at once.
+    other = dict(PARTS=2, WORST_ROW=False, ORDERED=True, S=512)
+    print("marked_other", compile_for(prefill._attend_marked, marked | other, num_warps=8, num_stages=1))
+
+    print("pool", compile_for(rank._pool, shape | {"GROUP": 4, "ROWS": 32}))
+    scores = shape | dict(SEGMENTS=64, KEYS=rank.SCORE_KEYS, PRECISION="tf32")
+    print("spread", compile_for(rank._spread, scores | {"PART": SPREAD_KEYS}, num_warps=8, num_stages=3))
+    score = scores | dict(PART=rank.SCORE_PART, CLASSES=32, LOGISTIC=naive.LOGISTIC / math.log(2))
+    print("score", compile_for(rank._score, score, num_warps=8, num_stages=3))
+    sort = dict(BLOCK=SORT_BLOCK, CLASSES=64)
+    print("count", compile_for(rank._count, sort | {"BLOCKS": rank.COUNTED_BLOCKS}, num_warps=1))
+    print("offsets", compile_for(rank._offsets, sort | {"ROWS": 32}))
+    print("place", compile_for(rank._place, sort | {"PAGE": 16}, num_warps=1))
+    guide = shape | dict(GROUP=4, S=512, ROWS=32, BEST=naive.NUM_GUIDE_KEYS)
+    print("guide", compile_for(rank._guide, guide))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""`make sanitize` needs a GPU; what it would run, and how it says what went wrong, does not."""
+
+import importlib.util
+import os
+import subprocess
+
+import pytest
+import torch
+from processes import ROOT
+
+SANITIZER = """#!/bin/sh
+case "$*" in
+    *--version*) echo "Version 2026.1" ;;
+    *"--tool {bad}"*) echo "========= {said}"; exit {status} ;;
+    *) echo "========= ERROR SUMMARY: 0 errors" ;;
+esac
+"""
+
+
+def sanitize(directory, bad="none", said="", status=0, **environment):
+    """The script, with a sanitizer and a Python that only say so."""
+    tool, python = directory / "compute-sanitizer", directory / "python"
+    tool.write_text(SANITIZER.format(bad=bad, said=said, status=status))
+    python.write_text("#!/bin/sh\necho 'H100, torch 2, triton 3'\n")
+    for program in (tool, python):
+        program.chmod(0o755)
+    env = os.environ | {
+        "PYTHON": str(python), "COMPUTE_SANITIZER": str(tool), "OUT_FILE": str(directory / "out.txt")
+    } | environment  # fmt: skip
+    return subprocess.run(
+        ["bash", ROOT / "benchmarks" / "sanitize.sh"], capture_output=True, text=True, env=env, timeout=60
+    )
+
+
+def test_both_tools_run_and_the_results_are_kept(tmp_path):
+    done = sanitize(tmp_path)
+    assert done.returncode == 0, done.stderr
+    written = (tmp_path / "out.txt").read_text()
+    assert written.index("== memcheck") < written.index("memcheck: no errors") < written.index("== racecheck")
+    assert "racecheck: no errors" in written
+    assert written.startswith("H100, torch 2, triton 3\ncommit ")
+
+
+@pytest.mark.parametrize(
+    ("status", "said"), [(9, "ERRORS, above"), (124, "CUT OFF after 180 s"), (1, "FAILED, status 1")]
+)
+@pytest.mark.parametrize("bad", ["memcheck", "racecheck"])
+def test_errors_are_kept_and_fail(tmp_path, bad, status, said):
+    done = sanitize(tmp_path, bad, "Invalid __global__ read of size 4 bytes", status)
+    assert done.returncode == 1
+    written = (tmp_path / "out.txt").read_text()
+    assert "Invalid __global__ read" in written
+    assert f"{bad}: {said}" in written and written.count("no errors") == 1
+
+
+def test_without_a_sanitizer_it_says_what_it_needs(tmp_path):
+    done = sanitize(tmp_path, COMPUTE_SANITIZER="", PATH="/usr/bin:/bin", CUDA_HOME=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith("sanitize needs compute-sanitizer") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out.txt").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the kernels run")
+def test_its_cases_run(monkeypatch, capsys):
+    """By the CPU path: problems, parameters and what is checked of them."""
+    spec = importlib.util.spec_from_file_location("sanitize_cases", ROOT / "benchmarks" / "sanitize_cases.py")
+    cases = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(cases)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for name in cases.CASES:
+        cases.run(name, "cpu")
+    lines = capsys.readouterr().out.splitlines()
+    densities = {line.removeprefix("cpu").strip().split(":")[0]: float(line.split()[-1]) for line in lines}
+    assert list(densities) == list(cases.CASES)
+    assert densities["dense"] == densities["bad numbers"] == 1
+    assert max(densities[name] for name in ("stops", "one half", "guide", "budget")) < 1
+    monkeypatch.setattr(cases, "by_rows", lambda case: torch.zeros_like(case.query.double()))
+    with pytest.raises(SystemExit, match="dense: off by"):
+        cases.run("dense", "cpu")
