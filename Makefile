@@ -42,7 +42,8 @@ export PYTHONSAFEPATH = 1
 SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .ONESHELL:
-.PHONY: help serve serve-command check test test-fast test-matrix test-peers soak sanitize bench bench-attention bench-serving quality frontier tasks docs \
+.PHONY: help serve serve-command check test test-fast test-matrix test-peers soak sanitize bench bench-attention \
+	bench-serving quality frontier tasks docs \
 	needs-gpu install discard clean
 
 help: ## list what there is to make
