@@ -1,20 +1,22 @@
 """A few kernel cases for `compute-sanitizer`, which runs them some hundred times slower: see `sanitize.sh`.
 
-Together they take both paths (Gluon and Triton alone), each layout of a cache that the kernels read otherwise, histories
-that end inside a block, tiles that stop early, queries in another order, and tiles that are computed again.
+Together they take both paths (Gluon and Triton alone), the layouts of caches, histories that end inside a block, tiles
+that stop early, queries in another order, and tiles that are computed again.
 """
 
 import argparse
+from typing import Any
 
 import torch
-from cases import by_rows, make_case
+from cases import by_rows, make_case  # type: ignore[import-not-found]  # of the tests: sanitize.sh shows the way
 
 from vllm_s2o import S2OParams, prefill_attention
+from vllm_s2o.attention import Implementation
 
 SMALL = dict(query_lens=[150, 1, 70], seq_lens=[150, 90, 333])
 """A whole prompt, the next token, and a chunk that begins and ends inside segments."""
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "dense": dict(params=dict(threshold=0.0)),
     "stops": dict(params=dict(threshold=0.4), layout="joined_blocks"),
     "one half": dict(params=dict(threshold=0.3, tile_size=64, segment_len=64, key_block=32, stop_interval=1)),
@@ -24,10 +26,10 @@ CASES = {
     "head size 96, 16 classes": dict(params=dict(threshold=0.3, num_classes=16), head_size=96, layout="separate"),
     "budget": dict(params=dict(budget=0.3), layout="transposed_keys", page=32),
 }
-DEFAULTS = dict(num_heads=2, num_kv_heads=1, head_size=128, dtype=torch.bfloat16, layout="joined_rows")
+DEFAULTS: dict[str, Any] = dict(num_heads=2, num_kv_heads=1, head_size=128, dtype=torch.bfloat16, layout="joined_rows")
 
 
-def run(name: str, implementation: str) -> None:
+def run(name: str, implementation: Implementation) -> None:
     options = dict(CASES[name])
     params = S2OParams(**{"segment_len": 128, "stop_interval": 1} | options.pop("params"))
     bad = options.pop("bad", False)
@@ -54,8 +56,8 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     args = parser.parse_args()
     for name in args.cases:
-        for implementation in ("cuda", "triton"):
-            run(name, implementation)
+        run(name, "cuda")
+        run(name, "triton")
 
 
 if __name__ == "__main__":
