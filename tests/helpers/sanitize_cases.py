@@ -1,4 +1,4 @@
-"""A few kernel cases for `compute-sanitizer`, which runs them some hundred times slower: see `sanitize.sh`.
+"""A few kernel cases for `compute-sanitizer`, which runs them some hundred times slower: see `benchmarks/sanitize.sh`.
 
 Together they take both paths (Gluon and Triton alone), the layouts of caches, histories that end inside a block, tiles
 that stop early, queries in another order, and tiles that are computed again.
@@ -8,7 +8,7 @@ import argparse
 from typing import Any
 
 import torch
-from cases import by_rows, make_case  # type: ignore[import-not-found]  # of the tests: sanitize.sh shows the way
+from cases import by_rows, make_case
 
 from vllm_s2o import S2OParams, prefill_attention
 from vllm_s2o.attention import Implementation
