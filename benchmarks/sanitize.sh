@@ -23,7 +23,7 @@ fi
 export PYTHONPATH=tests/helpers${PYTHONPATH:+:$PYTHONPATH} PYTORCH_NO_CUDA_MEMORY_CACHING=1
 
 # Compiled before the clock starts: under a sanitizer compilers run as slowly as all else.
-"$PYTHON" -P benchmarks/sanitize_cases.py >/dev/null
+"$PYTHON" -P tests/helpers/sanitize_cases.py >/dev/null
 
 # Memcheck finds what is read or written beside an allocation, racecheck what threads do to each other in shared memory.
 failed=0
@@ -42,7 +42,7 @@ for check in memcheck racecheck; do
     } >>"$report"
     start=$SECONDS
     status=0
-    timeout "$LIMIT" "$tool" "${options[@]}" "$PYTHON" -P benchmarks/sanitize_cases.py >>"$report" 2>&1 || status=$?
+    timeout "$LIMIT" "$tool" "${options[@]}" "$PYTHON" -P tests/helpers/sanitize_cases.py >>"$report" 2>&1 || status=$?
     case $status in
         0) said="no errors" ;;
         9) said="ERRORS, above" ;;

@@ -1,10 +1,10 @@
 """`make sanitize` needs a GPU; what it would run, and how it says what went wrong, does not."""
 
-import importlib.util
 import os
 import subprocess
 
 import pytest
+import sanitize_cases as cases
 import torch
 from processes import ROOT
 
@@ -63,9 +63,6 @@ def test_without_a_sanitizer_it_says_what_it_needs(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here the kernels run")
 def test_its_cases_run(monkeypatch, capsys):
     """By the CPU path: problems, parameters and what is checked of them."""
-    spec = importlib.util.spec_from_file_location("sanitize_cases", ROOT / "benchmarks" / "sanitize_cases.py")
-    cases = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(cases)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     for name in cases.CASES:
         cases.run(name, "cpu")

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """Tensors here are so small that threads would mostly wait for each other."""
     before = torch.get_num_threads()

@@ -1,7 +1,7 @@
-"""A few kernel cases for `compute-sanitizer`, which runs them some hundred times slower: see `sanitize.sh`.
+"""A few kernel cases for `compute-sanitizer`, which runs them some hundred times slower: see `benchmarks/sanitize.sh`.
 
-Together they take both paths (Gluon and Triton alone), each layout of a cache that the kernels read otherwise,
-histories that end inside a block, tiles that stop early, queries in another order, and tiles that are computed again.
+Together they take both paths (Gluon and Triton alone), the layouts of caches, histories that end inside a block, tiles
+that stop early, queries in another order, and tiles that are computed again.
 """
 
 import argparse
