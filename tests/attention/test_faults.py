@@ -404,7 +404,9 @@ def test_only_marked_tiles_are_computed_again(parts):
     )  # fmt: skip
     tensors = (case.query, case.key_cache, case.value_cache, case.block_table, wave.segments, wave.tiles, slots, None)
     thresholds = torch.full((4,), params.threshold, device=DEVICE)
-    rules = dict(scale=case.scale, key_block=BLOCK, stop_interval=1, stop_rule="worst_row", tile_size=TILE)
+    rules = dict(
+        scale=case.scale, value_scale=1.0, key_block=BLOCK, stop_interval=1, stop_rule="worst_row", tile_size=TILE
+    )  # fmt: skip
     expected, out = (torch.full_like(case.query, NAN) for _ in range(2))
     pairs = stage.attend(*tensors, thresholds, expected, **rules)
     report = torch.zeros(len(wave.tiles), 4, 1 + parts, dtype=torch.int32, device=DEVICE)

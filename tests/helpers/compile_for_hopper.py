@@ -17,7 +17,7 @@ from vllm_s2o.kernels.common import block_dim
 
 POINTERS = {
     "Query": "*bf16", "Keys": "*bf16", "Values": "*bf16", "Out": "*bf16", "Thresholds": "*fp32", "Classes": "*u8",
-    "Mean": "*bf16", "Variance": "*bf16", "Spread": "*fp32",
+    "Mean": "*bf16", "Variance": "*bf16", "Spread": "*fp32", "Products": "*fp32",
 }  # fmt: skip
 """The other capitalised arguments are tables of int32."""
 
@@ -32,7 +32,7 @@ def compile_for_hopper(kernel, constants: dict, dtype: str = "bf16", language=Gl
             signature[name] = POINTERS.get(name, "*i32").replace("bf16", dtype)
             attributes[(at,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if name == "scale" else "i32"
+            signature[name] = "fp32" if name.endswith("scale") else "i32"
             if name.startswith("stride") and name != "stride_table":
                 attributes[(at,)] = [["tt.divisibility", 16]]
     source = language(

@@ -1,38 +1,21 @@
-"""Compile the Triton kernels for a GPU, on any machine; prints the shared memory that each takes.
+"""Compile the Triton kernels for a Hopper GPU, on any machine; prints the shared memory that each takes.
 
 Triton's interpreter, in which tests run them without a GPU, takes programs that no compiler does.
 """
 
 import math
 
-import triton
-from compile_gluon import POINTERS
-from triton.backends.compiler import GPUTarget
+from compile_for_hopper import compile_for_hopper
 from triton.compiler import ASTSource
 
 from vllm_s2o.kernels import naive, prefill, rank
 from vllm_s2o.kernels.tables import SORT_BLOCK, SPREAD_KEYS
 
-TYPES = POINTERS | {"Mean": "*bf16", "Variance": "*bf16", "Spread": "*fp32", "Products": "*fp32"}
-
 
 def compile_for(kernel, constants: dict, **options) -> int:
-    names = kernel.arg_names
-    signature, attributes = {}, {}
-    constants = constants | {n: 1 for n in names if n.endswith("_dim")}  # which the launcher specialises on
-    for at, name in enumerate(names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name[0].isupper():
-            signature[name] = TYPES.get(name, "*i32")
-            attributes[(at,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32" if name == "scale" else "i32"
-            if name.startswith("stride") and name != "stride_table":
-                attributes[(at,)] = [["tt.divisibility", 16]]
-    known = {(names.index(name),): value for name, value in constants.items() if name in names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
+    dense = {name: 1 for name in kernel.arg_names if name.endswith("_dim")}  # which the launcher specialises on
+    given = {name: value for name, value in (constants | dense).items() if name in kernel.arg_names}
+    return compile_for_hopper(kernel, given, language=ASTSource, **options)
 
 
 def main() -> None:
