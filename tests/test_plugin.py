@@ -378,14 +378,14 @@ def test_a_model_without_dimensions_is_refused():
         plugin.check(given)
 
 
-@pytest.mark.parametrize("max_model_len, warned", [(4095, 1), (4096, 0)])
+@pytest.mark.parametrize("max_model_len, warned", [(8191, 1), (8192, 0)])
 def test_a_flag_without_an_effect_is_warned_of(max_model_len, warned, monkeypatch):
     lines = []
     monkeypatch.setattr(compat.logger(), "warning", lambda line, *values: lines.append(line % values))
     given = config()
     given.model_config.max_model_len = max_model_len
     plugin.check(given)
-    assert len([line for line in lines if "no effect: min_seq_len=4096" in line]) == warned
+    assert len([line for line in lines if "no effect: min_seq_len=8192" in line]) == warned
 
 
 def test_a_draft_model_does_not_answer_for_the_models_overrides():
