@@ -79,7 +79,8 @@ test-matrix: $(INSTALLED) ## check what is used of vLLM in its sources of severa
 # What `make test` looks at briefly: EXAMPLES problems that hypothesis thinks of, some ten minutes on a CPU.
 EXAMPLES = 2000
 soak: $(INSTALLED) ## thousands of random problems against the oracle: EXAMPLES=
-	@VLLM_S2O_EXAMPLES=$(EXAMPLES) .venv/bin/pytest $(PARALLEL) --timeout 7200 tests/attention/test_differential.py
+	@VLLM_S2O_EXAMPLES=$(EXAMPLES) .venv/bin/pytest $(PARALLEL) --timeout 7200 tests/attention/test_differential.py \
+		tests/attention/test_faults.py tests/attention/test_overflow.py
 
 sanitize: needs-gpu $(INSTALLED) ## on a GPU: the kernels under compute-sanitizer, into benchmarks/results/sanitize.txt
 	@bash benchmarks/sanitize.sh
