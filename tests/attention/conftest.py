@@ -4,7 +4,7 @@ import pytest
 import torch
 
 THINNED = ("test_faults.py", "test_overflow.py")
-"""Files of which `make test` runs a third of what Triton's interpreter takes seconds for; `make soak` and a GPU run all."""
+"""Of these, `make test` runs a third of what Triton's interpreter takes seconds for; `make soak` and a GPU run all."""
 
 
 def pytest_collection_modifyitems(config, items):
