@@ -379,7 +379,7 @@ def main():
     found = vllm_s2o.figures()
     tokens = {" ".join(kind): count for kind, count in found.tokens.items()}
     densities = sorted(found.prompts.values())
-    print(json.dumps([off, found.on, tokens, found.causal, 0 < found.ranking_share < 1, densities]))
+    print("FIGURES", json.dumps([off, found.on, tokens, found.causal, 0 < found.ranking_share < 1, densities]))
 
 if __name__ == "__main__":
     main()
@@ -397,7 +397,9 @@ def test_a_program_reads_its_figures(small, tmp_path, processes):
     environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": processes, "HF_HUB_OFFLINE": "1"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=START_SECONDS)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    off, on, tokens, causal, share, densities = json.loads(ended.stdout.strip().splitlines()[-1])
+    # vLLM's own log goes to stdout as well.
+    (told,) = [line for line in ended.stdout.splitlines() if line.startswith("FIGURES ")]
+    off, on, tokens, causal, share, densities = json.loads(told.removeprefix("FIGURES "))
     assert (off, on, share) == (False, True, True)
     assert tokens == {"sparse ": 2000, "dense switched off": 1000, "dense asked by the request": 1000}
     assert causal == 2 * layer_pairs(1000)
