@@ -195,36 +195,60 @@ def run(
 
     Returns the visited pairs, [num_seqs, num_heads] int64. Nothing here waits for the device, and with `thresholds`
     (one of `device_thresholds`) nothing is copied to it. `lap` is called before each wave, after its ranking, and after
-    its attention. Queries may be fp8 beside caches that are: `scale` then holds
-    their factor and that of the keys, and `out` has the model's type.
+    its attention. Queries may be fp8 beside caches that are: `scale` then holds their factor and that of the keys, and
+    `out` has the model's type.
     """
     num_heads = query.shape[1]
-    stage = stages(implementation, query.device)
     if thresholds is None:
         (thresholds,) = device_thresholds([(params, num_heads)], query.device)
     visited = torch.zeros(plan.plan.num_seqs, num_heads, dtype=torch.int64, device=query.device)
     for tables in plan.waves:
-        wave = tables.wave
-        if lap is not None:
-            lap()
-        slots = stage.rank_keys(
-            query, key_cache, block_table, tables.segments, wave.num_slots, params.num_classes,
-            max_history=wave.max_history, groups=tables.groups, workspace=workspace,
+        done = run_wave(
+            query, key_cache, value_cache, block_table, tables, params, scale, out, thresholds,
+            workspace=workspace, value_scale=value_scale, implementation=implementation, lap=lap,
         )  # fmt: skip
-        order = None
-        if params.query_order == "guide":
-            order = stage.order_queries(query, key_cache, tables.segments, slots, params.segment_len)
-        if lap is not None:
-            lap()
-        pairs = stage.attend(
-            query, key_cache, value_cache, block_table, tables.segments, tables.tiles, slots, order, thresholds, out,
-            scale=scale, key_block=params.key_block, stop_interval=params.stop_interval,
-            stop_rule=params.stop_rule, tile_size=params.tile_size, value_scale=value_scale,
-        )  # fmt: skip
-        visited.index_add_(0, tables.tile_seqs, pairs.long())
+        visited.index_add_(0, tables.tile_seqs, done.pairs.long())
         if lap is not None:
             lap()
     return visited
+
+
+class WaveDone(NamedTuple):
+    """What a wave leaves beside its output."""
+
+    slots: torch.Tensor
+    """Rankings, as `rank_keys` returns them; the next wave writes over those in a workspace."""
+    order: torch.Tensor | None
+    """Of the queries, where they are not in that of their positions."""
+    pairs: torch.Tensor
+    """[num_tiles, num_heads]: visited ones."""
+
+
+def run_wave(
+    query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, block_table: torch.Tensor,
+    tables: DeviceWave, params: S2OParams, scale: float, out: torch.Tensor, thresholds: torch.Tensor,
+    *, workspace: Sequence[torch.Tensor] | None = None, value_scale: float = 1.0,
+    implementation: Implementation = "auto", lap: Callable[[], None] | None = None,
+) -> WaveDone:  # fmt: skip
+    """One wave of `run`; `lap` is called before it and after its ranking."""
+    stage, wave = stages(implementation, query.device), tables.wave
+    if lap is not None:
+        lap()
+    slots = stage.rank_keys(
+        query, key_cache, block_table, tables.segments, wave.num_slots, params.num_classes,
+        max_history=wave.max_history, groups=tables.groups, workspace=workspace,
+    )  # fmt: skip
+    order = None
+    if params.query_order == "guide":
+        order = stage.order_queries(query, key_cache, tables.segments, slots, params.segment_len)
+    if lap is not None:
+        lap()
+    pairs = stage.attend(
+        query, key_cache, value_cache, block_table, tables.segments, tables.tiles, slots, order, thresholds, out,
+        scale=scale, key_block=params.key_block, stop_interval=params.stop_interval,
+        stop_rule=params.stop_rule, tile_size=params.tile_size, value_scale=value_scale,
+    )  # fmt: skip
+    return WaveDone(slots, order, pairs)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vllm_s2o import plan
-from vllm_s2o.attention import device_thresholds, plan_step, stages, to_device
+from vllm_s2o.attention import device_thresholds, plan_step, run_wave, to_device
 from vllm_s2o.cli.diagnosis import ranges
 from vllm_s2o.config import ResolvedConfig
 from vllm_s2o.kernels import naive
@@ -182,7 +182,7 @@ def _judged(layer: int, out: torch.Tensor, exact: torch.Tensor, visited: torch.T
 def run_layer(
     layer: Layer, params: S2OParams, head: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, list[Tile] | None]:
-    """What `attention.run` does with a layer's whole prompt, keeping what it lets go of: each tile's visits.
+    """`attention.run` of a layer's whole prompt, keeping what that lets go of: each tile's visits.
 
     Returns:
         [num_tokens, num_heads, head_size]; visited pairs of each head, [num_heads] int64; tiles of `head`, if given.
@@ -193,29 +193,18 @@ def run_layer(
     # Pages in order: a slot is a position.
     block_table = torch.arange(-(-num_tokens // PAGE), dtype=torch.int32, device=device)[None]
     (thresholds,) = device_thresholds([(params, num_heads)], device)
-    stage = stages("auto", device)
     out = torch.empty_like(query)
     total = torch.zeros(num_heads, dtype=torch.int64, device=device)
     tiles: list[Tile] = []
     for tables in to_device(plan_step([num_tokens], [num_tokens], params, num_kv_heads), device).waves:
-        wave = tables.wave
-        slots = stage.rank_keys(
-            query, key, block_table, tables.segments, wave.num_slots, params.num_classes,
-            max_history=wave.max_history, groups=tables.groups, workspace=None,
-        )  # fmt: skip
-        order = None
-        if params.query_order == "guide":
-            order = stage.order_queries(query, key, tables.segments, slots, params.segment_len)
-        pairs = stage.attend(
-            query, key, value, block_table, tables.segments, tables.tiles, slots, order, thresholds, out,
-            scale=layer.scale, key_block=params.key_block, stop_interval=params.stop_interval,
-            stop_rule=params.stop_rule, tile_size=params.tile_size,
+        slots, order, pairs = run_wave(
+            query, key, value, block_table, tables, params, layer.scale, out, thresholds
         )  # fmt: skip
         total += pairs.long().sum(0)
         if head is not None:
             mine = None if order is None else order[:, head].cpu()
             kv_head = head * num_kv_heads // num_heads
-            tiles += _tiles(wave, slots.cpu(), mine, pairs[:, head].tolist(), kv_head)
+            tiles += _tiles(tables.wave, slots.cpu(), mine, pairs[:, head].tolist(), kv_head)
     return out, total, sorted(tiles, key=lambda tile: tile.start) if head is not None else None
 
 
