@@ -67,6 +67,9 @@ def test_the_table_has_each_layer_and_their_mean(checkpoint, whole):
     assert ("model", "seq_len", "split", "layer", "method", *figures) == COLUMNS
     assert {row["layer"] for row in found} == {"0", "2", "all"} and {row["method"] for row in found} <= set(METHODS)
     assert {(row["seq_len"], row["split"]) for row in found} == {("512", "held-out")}
+    made = json.loads(out.with_name("frontier.csv.made.json").read_text())
+    assert (made["tokens"], made["texts"], sorted(made["layers"])) == (512, ["code", "prose"], [0, 2])
+    assert {"machine", "torch", "commit"} <= set(made["environment"])
     wanted = {0.1, 0.15, 0.2, 0.3}
     for row in found:
         assert float(row["density"]) in wanted or float(row["rel_error"]) in (1e-2, 3e-3)

@@ -7,16 +7,20 @@ Dense attention feeds every layer, and each layer is judged by itself. One value
 heads and layers; a row is the mean over heads and texts at the same value, and layer `all` the mean over layers too,
 interpolated to the densities and relative errors of `curves.py`. Densities that a method does not reach have no row.
 
-What is swept is kept beside the table, in FILE.parts.jsonl, for each text and layer and each head: a run that was cut
-off goes on from there, and one that wants more texts or layers adds them.
+Machine, versions, commit and settings stand in FILE.made.json. What is swept is kept in FILE.parts.jsonl, for each
+text and layer and each head: a run that was cut off goes on from there, and one that wants more texts or layers adds
+them.
 """
 
 import argparse
 import csv
 import importlib.util
+import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+
+from vllm_s2o.cli.environment import describe
 
 from .calibration.curves import sample
 from .capture import CaptureError, Layer, Source, checked_layers, open_model, visit_layers
@@ -171,6 +175,8 @@ def frontier(
     common = (Path(model).resolve().name, num_tokens, split)
     try:
         write(out, rows(parts, rules, texts, layers, common))
+        made = {"environment": describe(), "texts": texts, "layers": list(layers), **settings}
+        out.with_name(out.name + ".made.json").write_text(json.dumps(made, indent=1) + "\n")
     except OSError as error:
         raise FrontierError(f"Cannot write {out}: {error.strerror}.") from error
     return {name: curve(parts, name, texts, layers) for name in rules}
