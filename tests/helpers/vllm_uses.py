@@ -24,7 +24,8 @@ DENSE = {
 """The parts of the dense backends, on a GPU and on a CPU."""
 
 COMMON = "vllm.v1.attention.backend.CommonAttentionMetadata"
-ATTENTION = "vllm.model_executor.layers.attention.Attention"
+ATTENTION_MODULE = "vllm.model_executor.layers.attention"
+ATTENTION = f"{ATTENTION_MODULE}.Attention"
 SPEC = "vllm.v1.kv_cache_interface.AttentionSpec"
 
 # What cannot be derived: vllm_s2o does not annotate its arguments, since vLLM is not imported for that.
@@ -44,6 +45,9 @@ NAMED = {
 }
 """Name of an argument or variable -> the classes of vLLM's that it may be an instance of."""
 
+PLUGINS = "vllm.general_plugins"
+"""The entry points' group, which looks like a module; `test_facts.py` looks for it."""
+
 CLASSES = {"DENSE": DENSE["backend"], "dense_builder": DENSE["builder"]}
 """The same for names that stand for a class itself."""
 
@@ -55,10 +59,12 @@ TYPES = {
     ("CompilationConfig", "static_forward_context[]"): ATTENTION,
     ("Attention", "impl"): "vllm.v1.attention.backend.AttentionImpl",
     ("AttentionMetadataBuilder", "kv_cache_spec"): SPEC,
+    ("AttentionMetadataBuilder", "vllm_config"): "vllm.config.VllmConfig",
 }
 """(class, attribute) -> class of its value; with `[]`, of its items."""
 
 ASSIGNED = {("Attention", "isa"): f"{BACKENDS}.cpu_attn"}
+ASSIGNED |= {("Attention", f"_{name}_scale_float"): f"{ATTENTION_MODULE}.attention" for name in "qkv"}
 """(class, attribute) -> the module that adds the attribute to `layer` from outside."""
 
 
@@ -230,7 +236,9 @@ class _Reader(ast.NodeVisitor):
 
     def visit_Constant(self, node: ast.Constant) -> None:
         """A module that is named: a logger's, or a program's."""
-        if isinstance(node.value, str) and re.fullmatch(r"vllm(\.\w+)+", node.value) and "s2o" not in node.value:
+        if not isinstance(node.value, str) or node.value == PLUGINS:
+            return
+        if re.fullmatch(r"vllm(\.\w+)+", node.value) and "s2o" not in node.value:
             self._note(node, Use(node.value, False))
 
     def _note(self, node: ast.AST, *uses: Use) -> None:

@@ -5,7 +5,7 @@ import tomllib
 
 import pytest
 from processes import ROOT
-from vllm_uses import ATTENTION, COMMON, DENSE
+from vllm_uses import ATTENTION, COMMON, DENSE, PLUGINS
 
 from vllm_s2o import compat
 
@@ -159,6 +159,22 @@ def test_the_layout_of_the_cache_on_a_gpu(name, sources, version):
     found = [line for line in body if line.startswith("key_cache, value_cache = kv")]
     split = "kv_cache.transpose(1, 2).split(self.head_size, dim=-1)"
     assert found == [f"key_cache, value_cache = {'kv_cache.unbind(1)' if release(version) < (0, 26) else split}"]
+
+
+def test_an_fp8_cache_is_bytes_with_one_scale_a_layer_and_queries_come_in_fp8(sources):
+    """`compat.caches` and `compat.scales`: in FLASH_ATTN as in S2O."""
+    body = lines(method(sources, DENSE["impl"][GPU], "forward"))
+    fp8 = "current_platform.fp8_dtype()"
+    views = {line for line in body if line.startswith("key_cache = key_cache.view(")}
+    assert views <= {f"key_cache = key_cache.view({fp8})", "key_cache = key_cache.view(dtype)"} and len(views) == 1
+    assert any(line.startswith("k_descale = layer._k_scale.expand(") for line in body)
+    made = ast.unparse(method(sources, ATTENTION, "__init__"))
+    assert "self.impl.supports_quant_query_input" in made and "startswith('fp8')" in made
+
+
+def test_the_group_of_entry_points(sources):
+    strings = {node.value for node in ast.walk(sources.tree("vllm.plugins")) if isinstance(node, ast.Constant)}
+    assert PLUGINS in strings
 
 
 @pytest.mark.parametrize("name", ["forward", "do_kv_cache_update"])
