@@ -12,6 +12,7 @@ from vllm.v1.attention.backends import registry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_s2o import compat
+from vllm_s2o.compat import caches
 
 # -- layers -----------------------------------------------------------------------------------------------------------
 
@@ -95,7 +96,7 @@ def test_a_layer_that_vllm_marks_as_a_drafts_is_one():
     assert compat.layer_problem(impl(), SimpleNamespace(is_draft_layer=False)) is None
 
 
-@pytest.mark.parametrize("isa", compat.CPU_LAYOUTS)
+@pytest.mark.parametrize("isa", caches.CPU_LAYOUTS)
 def test_known_layouts_are_no_problem(isa):
     assert compat.layer_problem(impl(), SimpleNamespace(isa=isa)) is None
 
@@ -130,13 +131,13 @@ def test_a_quantised_cache_on_a_gpu(monkeypatch, kind, capability, scales, reaso
 def test_types_and_factors_of_a_quantised_cache():
     """As vLLM says: queries come in fp8 to an implementation that asks for them so."""
     fp8 = impl(kv_cache_dtype="fp8", supports_quant_query_input=True)
-    assert compat.kernel_dtypes(fp8) == (torch.float8_e4m3fn, torch.float8_e4m3fn)
-    assert compat.kernel_dtypes(impl(kv_cache_dtype="fp8")) == (None, torch.float8_e4m3fn)
-    assert compat.kernel_dtypes(impl()) == (None, None)
+    assert caches.kernel_dtypes(fp8) == (torch.float8_e4m3fn, torch.float8_e4m3fn)
+    assert caches.kernel_dtypes(impl(kv_cache_dtype="fp8")) == (None, torch.float8_e4m3fn)
+    assert caches.kernel_dtypes(impl()) == (None, None)
     query = torch.zeros(1, dtype=torch.float8_e4m3fn)
-    assert compat.scales(fp8, quantised_layer(), query) == (0.125, 4.0)
-    assert compat.scales(fp8, quantised_layer(), query.bfloat16()) == (0.5, 4.0)
-    assert compat.scales(impl(), SimpleNamespace(), query) == (1.0, 1.0)
+    assert caches.scales(fp8, quantised_layer(), query) == (0.125, 4.0)
+    assert caches.scales(fp8, quantised_layer(), query.bfloat16()) == (0.5, 4.0)
+    assert caches.scales(impl(), SimpleNamespace(), query) == (1.0, 1.0)
 
 
 # -- steps ------------------------------------------------------------------------------------------------------------

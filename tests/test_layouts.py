@@ -8,7 +8,8 @@ from cases import Case, error_bar
 from vllm import _custom_ops as ops
 from vllm.platforms import CpuArchEnum, current_platform
 
-from vllm_s2o import S2OParams, compat, prefill_attention
+from vllm_s2o import S2OParams, prefill_attention
+from vllm_s2o.compat import caches
 
 on_cpu = pytest.mark.skipif(not current_platform.is_cpu(), reason="this build of vLLM has no CPU operators")
 
@@ -56,7 +57,7 @@ def test_each_token_is_found_at_its_slot(isa, dtype, head_size):
     slots = shuffled(blocks * PAGE)[:300]
     cache = pack(isa, key, value, slots, blocks)
     table = shuffled(blocks).int()[None]
-    keys, values, found = compat.caches(stand_in(isa), None, cache, table)
+    keys, values, found = caches.views(stand_in(isa), None, cache, table)
     assert keys.shape == values.shape == (blocks, PAGE, NUM_KV_HEADS, head_size)
     assert found.shape == table.shape
     assert found.dtype == torch.int32
@@ -78,7 +79,7 @@ def test_other_block_sizes(isa, dtype, page):
     key, value = tokens(3 * page, 64, DTYPES[dtype])
     slots = shuffled(3 * page)
     cache = pack(isa, key, value, slots, 3, page)
-    keys, values, _ = compat.caches(stand_in(isa), None, cache, torch.arange(3, dtype=torch.int32)[None])
+    keys, values, _ = caches.views(stand_in(isa), None, cache, torch.arange(3, dtype=torch.int32)[None])
     assert torch.equal(keys[slots // page, slots % page], key)
     assert torch.equal(values[slots // page, slots % page], value)
 
@@ -94,7 +95,7 @@ def test_what_vllm_chooses_is_known(dtype, head_size, page):
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     isa = _get_attn_isa(DTYPES[dtype], page, head_size, "auto")
-    assert isa in compat.CPU_LAYOUTS
+    assert isa in caches.CPU_LAYOUTS
     assert isa != "amx" or DTYPES[dtype].itemsize == 2
 
 
@@ -109,7 +110,7 @@ def test_attention_on_a_packed_cache_is_dense_at_threshold_zero(isa, dtype, head
     positions = [torch.arange(length) for length in seq_lens]
     slots = torch.cat([table[seq, at // PAGE] * PAGE + at % PAGE for seq, at in enumerate(positions)])
     cache = pack(isa, key, value, slots, blocks)
-    keys, values, found = compat.caches(stand_in(isa), None, cache, table)
+    keys, values, found = caches.views(stand_in(isa), None, cache, table)
     case = Case(
         torch.randn(sum(query_lens), 4, head_size, generator=torch.Generator().manual_seed(1)).to(DTYPES[dtype]),
         keys, values, found, torch.tensor([0, 170, 300], dtype=torch.int32), torch.tensor(seq_lens, dtype=torch.int32),
@@ -133,8 +134,8 @@ def test_garbage_beyond_a_sequence_leaves_amx_pages_as_they_are():
     cache = pack("amx", key, value, torch.arange(2 * PAGE), 2)
     clean = torch.tensor([[1, 0, 0]], dtype=torch.int32)
     garbage = torch.tensor([[1, 0, 2**31 - 1], [1, -(2**31), 7]], dtype=torch.int32)
-    keys, values, found = compat.caches(stand_in("amx"), None, cache, garbage)
-    want_keys, want_values, want = compat.caches(stand_in("amx"), None, cache, clean)
+    keys, values, found = caches.views(stand_in("amx"), None, cache, garbage)
+    want_keys, want_values, want = caches.views(stand_in("amx"), None, cache, clean)
     assert ((found >= 0) & (found < len(keys))).all()
     assert torch.equal(keys[found[0, :2].long()], want_keys[want[0, :2].long()])
     assert torch.equal(values[found[0, :2].long()], want_values[want[0, :2].long()])
@@ -144,7 +145,7 @@ def test_garbage_beyond_a_sequence_leaves_amx_pages_as_they_are():
 def test_only_the_pages_in_use_are_unpacked_for_amx():
     cache = torch.zeros(1000, NUM_KV_HEADS, 32, 2 * 64, dtype=torch.bfloat16)
     table = torch.tensor([[7, 900, 7], [30, 7, 900]], dtype=torch.int32)
-    keys, _, found = compat.caches(stand_in("amx"), None, cache, table)
+    keys, _, found = caches.views(stand_in("amx"), None, cache, table)
     assert len(keys) == 3
     assert found.tolist() == [[0, 2, 0], [1, 0, 2]]
 
@@ -152,7 +153,7 @@ def test_only_the_pages_in_use_are_unpacked_for_amx():
 @pytest.mark.parametrize("isa", ["vec", "vec16"])
 def test_plain_cpu_layouts_are_views(isa):
     cache = torch.zeros(3, NUM_KV_HEADS, 32, 2 * 64)
-    keys, values, _ = compat.caches(stand_in(isa), None, cache, torch.zeros(1, 1, dtype=torch.int32))
+    keys, values, _ = caches.views(stand_in(isa), None, cache, torch.zeros(1, 1, dtype=torch.int32))
     storage = cache.untyped_storage().data_ptr()
     assert keys.untyped_storage().data_ptr() == values.untyped_storage().data_ptr() == storage
 
@@ -161,11 +162,11 @@ def test_the_layer_names_the_layout_before_the_implementation_does():
     """vLLM 0.32 notes it on the layer, 0.25.1 on the implementation."""
     cache = torch.randn(2, NUM_KV_HEADS, 32, 2 * 64).bfloat16()
     table = torch.arange(2, dtype=torch.int32)[None]
-    vec, _, _ = compat.caches(stand_in("vec"), None, cache, table)
-    amx, _, _ = compat.caches(stand_in("amx"), None, cache, table)
+    vec, _, _ = caches.views(stand_in("vec"), None, cache, table)
+    amx, _, _ = caches.views(stand_in("amx"), None, cache, table)
     assert not torch.equal(vec, amx)
-    assert torch.equal(compat.caches(stand_in("amx"), stand_in("vec"), cache, table)[0], amx)
-    assert torch.equal(compat.caches(SimpleNamespace(), stand_in("amx"), cache, table)[0], amx)
+    assert torch.equal(caches.views(stand_in("amx"), stand_in("vec"), cache, table)[0], amx)
+    assert torch.equal(caches.views(SimpleNamespace(), stand_in("amx"), cache, table)[0], amx)
 
 
 # -- CUDA -------------------------------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ def position(block, token, head, dim, *, strides, value, offset):
 )
 def test_cuda_layouts(cache, strides, offset):
     """Each element of the cache holds its own position in memory."""
-    keys, values = compat.cuda_caches(cache, SIZE)
+    keys, values = caches.cuda_caches(cache, SIZE)
     for value, view in enumerate((keys, values)):
         assert view.shape == (BLOCKS, CUDA_PAGE, HEADS, SIZE)
         assert view.untyped_storage().data_ptr() == cache.untyped_storage().data_ptr()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from vllm_s2o import attention, compat, stats
+from vllm_s2o.compat import caches, requests
 from vllm_s2o.config import ResolvedConfig, S2OParams
 from vllm_s2o.metrics import place
 from vllm_s2o.metrics.figures import Recorder
@@ -28,7 +29,7 @@ logger = compat.logger()
 recorder = Recorder(logger)
 prompts = Prompts(recorder, logger)
 reporter = stats.Reporter(logger.info, record=prompts.told)
-compat.watch_steps(prompts.begin, prompts.end)
+requests.watch_steps(prompts.begin, prompts.end)
 
 _told: set[str] = set()
 
@@ -128,7 +129,7 @@ class S2OMetadataBuilder(DENSE_BUILDER):
         if device.type == "cuda" and self.s2o_layers:
             shape = (kv_cache_spec.block_size, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
             for num_heads in sorted({layer.impl.num_heads for layer in self.s2o_layers}):
-                dtypes = compat.kernel_dtypes(self.s2o_layers[0].impl)
+                dtypes = caches.kernel_dtypes(self.s2o_layers[0].impl)
                 dtype = vllm_config.model_config.dtype
                 wrong = attention.warm_up(num_heads, shape, dtype, device, self.s2o.params, *dtypes)
                 problem = problem or wrong
@@ -147,7 +148,7 @@ class S2OMetadataBuilder(DENSE_BUILDER):
             for line in self.s2o.describe(self.s2o_min_query):
                 say_once(line)
             spec, dtype = self.kv_cache_spec, self.vllm_config.model_config.dtype
-            cache = compat.kernel_dtypes(self.s2o_layers[0].impl)[1]
+            cache = caches.kernel_dtypes(self.s2o_layers[0].impl)[1]
             path = attention.describe(self.device, dtype, spec.num_kv_heads, spec.head_size, self.s2o.params, cache)
             line = f"{self.num_sparse} of {len(self.s2o_layers)} attention layers take {path} for long prefills"
             say_once(line, logging.INFO if self.num_sparse else logging.WARNING)
@@ -335,11 +336,11 @@ class S2OImpl(DENSE_IMPL):
             # The cache may have been written by an operation of its own, and key and value not be passed on.
             new = (None if tensor is None else tensor[rows] for tensor in (key, value))
             super().forward(layer, query[rows], *new, kv_cache, run.metadata, output[rows], *args, **kwargs)
-        key_cache, value_cache, block_table = compat.caches(layer, self, kv_cache, attn_metadata.block_table)
+        key_cache, value_cache, block_table = caches.views(layer, self, kv_cache, attn_metadata.block_table)
         buffers = work.plan.buffers((self.num_kv_heads, self.head_size), params.num_classes)
         workspace = compat.reserve_workspace(*buffers)
         clock = work.step.clock(query.device)
-        of_logits, of_values = compat.scales(self, layer, query)
+        of_logits, of_values = caches.scales(self, layer, query)
         visited = attention.run(
             query, key_cache, value_cache, block_table, work.plan, params, self.scale * of_logits, output,
             thresholds=work.thresholds.get(layer.layer_name), workspace=workspace, value_scale=of_values,

@@ -4,6 +4,7 @@ Light on purpose: no CUDA context, no kernel, and nothing changes for a server w
 """
 
 from vllm_s2o import compat
+from vllm_s2o.compat import requests
 
 MLA = "the S2O backend does not support multi-head latent attention (MLA): start without the flag."
 # What is skipped depends on where a prompt is cut into chunks, and that on the other requests of a step.
@@ -25,7 +26,7 @@ def register() -> None:
     try:
         compat.register_backend()
         compat.install_hooks(check)
-        compat.follow_requests(admit)
+        requests.follow_requests(admit)
     except Exception:
         # An unsupported vLLM may have moved anything. A server without the flag must start all the same.
         if problem is None:
@@ -55,20 +56,21 @@ def check(vllm_config) -> None:
     useless = config.no_effect(model_config.max_model_len)
     if useless is not None:
         logger.warning("s2o: %s", useless)
-    unseen = compat.unseen_steps(vllm_config)
+    unseen = requests.unseen_steps(vllm_config)
     if unseen is not None:
         logger.warning("s2o: no switch, no dense requests, and figures without requests: %s.", unseen)
-    mixing = sorted(set(compat.kv_connectors(vllm_config)) - compat.SALTED_CONNECTORS)
+    mixing = sorted(set(requests.kv_connectors(vllm_config)) - requests.SALTED_CONNECTORS)
     if mixing:
         logger.warning(MIXING, ", ".join(mixing))
     from vllm_s2o import metrics
 
     metrics.begin(str(model_config.model), logger)
-    compat.follow_requests(admit, load=True)
+    requests.follow_requests(admit, load=True)
 
 
 def admit(vllm_config, engine_request) -> None:
-    """See `metrics.switch.admit`; imported with the first request."""
-    from vllm_s2o.metrics import switch
+    """See `metrics.switch.admit`; imported with the first request of an engine with the flag."""
+    if compat.uses_s2o(vllm_config):
+        from vllm_s2o.metrics import switch
 
-    switch.admit(vllm_config, engine_request)
+        switch.admit(vllm_config, engine_request)

@@ -10,6 +10,7 @@ from scheduled import new, runner_v1, scheduled
 from vllm.platforms import current_platform
 
 from vllm_s2o import attention, backend, compat, stats
+from vllm_s2o.compat import requests
 from vllm_s2o.metrics.figures import DENSE, SPARSE
 from vllm_s2o.metrics.prompts import Prompts
 
@@ -226,7 +227,7 @@ def test_steps_of_the_worker_are_seen_and_no_others(monkeypatch):
 
     monkeypatch.setattr(WorkerWrapperBase, "execute_model", execute_model)
     for _ in range(2):
-        compat.watch_steps(lambda output, runner: seen.append((output, runner)), lambda: seen.append("end"))
+        requests.watch_steps(lambda output, runner: seen.append((output, runner)), lambda: seen.append("end"))
     wrapper = object.__new__(WorkerWrapperBase)
     wrapper.worker = SimpleNamespace(model_runner="runner")
     assert wrapper.execute_model("good") == "output"

@@ -5,6 +5,7 @@ import torch
 from cases import Case
 
 from vllm_s2o import compat
+from vllm_s2o.compat import caches
 
 CPU = torch.device("cpu")
 DENSE = compat.dense_backend()
@@ -59,7 +60,7 @@ class Batch:
 
     def case(self, layer, rows) -> Case:
         """Some rows as a problem of their own, for `prefill_attention`."""
-        keys, values, table = compat.caches(layer, layer.impl, self.cache, self.table)
+        keys, values, table = caches.views(layer, layer.impl, self.cache, self.table)
         starts = torch.tensor([0, *self.query_lens]).cumsum(0).tolist()
         query_lens, lens = [self.query_lens[row] for row in rows], [self.seq_lens[row] for row in rows]
         return Case(

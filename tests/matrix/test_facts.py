@@ -8,6 +8,7 @@ from processes import ROOT
 from vllm_uses import ATTENTION, COMMON, DENSE, PLUGINS
 
 from vllm_s2o import compat
+from vllm_s2o.compat import caches
 
 GPU, CPU = 0, 1
 KINDS = pytest.mark.parametrize("kind", [GPU, CPU], ids=["GPU", "CPU"])
@@ -56,7 +57,7 @@ WHOLE = {
 
 def replaced() -> set[str]:
     """Fields that `slice_rows` gives new values by name."""
-    tree = ast.parse((ROOT / "vllm_s2o" / "compat.py").read_text())
+    tree = ast.parse((ROOT / "vllm_s2o" / "compat" / "__init__.py").read_text())
     (slice_rows,) = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "slice_rows"]
     calls = [node for node in ast.walk(slice_rows) if isinstance(node, ast.Call)]
     (replace,) = [call for call in calls if ast.unparse(call.func) == "dataclasses.replace"]
@@ -154,7 +155,7 @@ def test_nothing_asks_the_dense_implementation_for_a_quantised_output(kind, sour
 
 @pytest.mark.parametrize("name", ["forward", "do_kv_cache_update"])
 def test_the_layout_of_the_cache_on_a_gpu(name, sources, version):
-    """`compat.cuda_caches` tells both by the number of dimensions."""
+    """`caches.cuda_caches` tells both by the number of dimensions."""
     body = lines(method(sources, DENSE["impl"][GPU], name))
     found = [line for line in body if line.startswith("key_cache, value_cache = kv")]
     split = "kv_cache.transpose(1, 2).split(self.head_size, dim=-1)"
@@ -162,7 +163,7 @@ def test_the_layout_of_the_cache_on_a_gpu(name, sources, version):
 
 
 def test_an_fp8_cache_is_bytes_with_one_scale_a_layer_and_queries_come_in_fp8(sources):
-    """`compat.caches` and `compat.scales`: in FLASH_ATTN as in S2O."""
+    """`caches.caches` and `caches.scales`: in FLASH_ATTN as in S2O."""
     body = lines(method(sources, DENSE["impl"][GPU], "forward"))
     fp8 = "current_platform.fp8_dtype()"
     views = {line for line in body if line.startswith("key_cache = key_cache.view(")}
@@ -191,7 +192,7 @@ def test_the_instruction_sets_that_pack_a_cpus_cache(sources):
     """New names make a layer dense; a known one that is gone may have become something else."""
     choose = sources.name("vllm.v1.attention.backends.cpu_attn", "_get_attn_isa").node
     returned = {line for line in lines(choose) if line.startswith("return ")}
-    assert {f"return {name!r}" for name in compat.CPU_LAYOUTS} <= returned
+    assert {f"return {name!r}" for name in caches.CPU_LAYOUTS} <= returned
 
 
 def test_a_layer_is_made_where_its_configuration_is_known(sources):
@@ -249,7 +250,7 @@ def test_the_model_runners_are_told_apart_by_their_tables_of_requests(sources):
 
 
 def test_rows_have_the_index_of_their_request_or_are_sorted_by_their_tokens(sources, version):
-    """Before 0.30 `compat.row_requests` sorts as model runner V2 does: by new tokens, and else as scheduled."""
+    """Before 0.30 `requests.row_requests` sorts as model runner V2 does: by new tokens, and else as scheduled."""
     tree = sources.tree("vllm.v1.worker.gpu.model_runner")
     if release(version) >= (0, 30):
         states = ast.unparse(sources.tree("vllm.v1.worker.gpu.model_states.default"))
@@ -264,7 +265,7 @@ def test_rows_have_the_index_of_their_request_or_are_sorted_by_their_tokens(sour
 
 
 def test_warm_up_does_not_pass_where_steps_are_watched(sources):
-    """`compat.watch_steps` wraps the outermost object of a worker, and warm-up begins further inside."""
+    """`requests.watch_steps` wraps the outermost object of a worker, and warm-up begins further inside."""
     execute = method(sources, "vllm.v1.worker.worker_base.WorkerWrapperBase", "execute_model")
     assert ast.unparse(execute.body[-1]) == "return self.worker.execute_model(scheduler_output)"
     assert any(

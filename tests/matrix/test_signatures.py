@@ -8,7 +8,10 @@ from processes import ROOT
 from vllm_sources import Class, call_problem
 from vllm_uses import OVERRIDES, SUBCLASSES, own_names
 
-OURS = {name: ast.parse((ROOT / "vllm_s2o" / f"{name}.py").read_text()) for name in ("backend", "compat")}
+OURS = {
+    path: ast.parse((ROOT / "vllm_s2o" / path).read_text())
+    for path in ("backend.py", "compat/__init__.py", "compat/requests.py")
+}
 
 
 def function(owner: str, name: str) -> ast.FunctionDef:
@@ -107,7 +110,7 @@ def test_vllm_calls_ours_as_it_can_be_called(owner, name, sources):
 
 @pytest.mark.parametrize("owner", SUBCLASSES)
 def test_nothing_of_ours_hides_a_name_of_vllms(owner, sources):
-    (node,) = [node for node in OURS["backend"].body if isinstance(node, ast.ClassDef) and node.name == owner]
+    (node,) = [node for node in OURS["backend.py"].body if isinstance(node, ast.ClassDef) and node.name == owner]
     for base in SUBCLASSES[owner]:
         theirs = sources.at(base)
         assert isinstance(theirs, Class)

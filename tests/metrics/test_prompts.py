@@ -6,6 +6,7 @@ import torch
 from scheduled import new, runner_v1, runner_v2, scheduled
 
 from vllm_s2o import compat
+from vllm_s2o.compat import requests
 from vllm_s2o.metrics import place
 from vllm_s2o.metrics.figures import Recorder, figures
 from vllm_s2o.metrics.prompts import UNKNOWN, Prompts
@@ -239,7 +240,7 @@ TWO = runner_v2({7: "a", 3: "b"})
     ],
 )  # fmt: skip
 def test_rows(runner, common, query_lens, tokens, expected):
-    assert compat.row_requests(runner, common, query_lens, tokens) == expected
+    assert requests.row_requests(runner, common, query_lens, tokens) == expected
 
 
 def test_rows_that_are_not_known_count_as_tokens(prompts):

@@ -17,6 +17,7 @@ from vllm_configs import configured
 
 import vllm_s2o
 from vllm_s2o import compat, metrics, plugin
+from vllm_s2o.compat import requests
 from vllm_s2o.metrics import place
 from vllm_s2o.metrics.figures import figures
 from vllm_s2o.metrics.switch import SALT, admit, set_switch
@@ -52,7 +53,7 @@ def decided(config, **fields) -> EngineCoreRequest:
 
 
 def carried(entered) -> str | None:
-    return compat.mark_of(entered)
+    return requests.mark_of(entered)
 
 
 # -- the switch -------------------------------------------------------------------------------------------------------
@@ -121,13 +122,13 @@ def test_parameters_that_requests_share_are_not_changed(server):
 @pytest.mark.parametrize("pooling", [False, True])
 def test_other_wishes_are_refused(given, pooling):
     params = request(extra={"s2o": given}, pooling=pooling).params
-    sentence = compat.wish_problem(params)
+    sentence = requests.wish_problem(params)
     assert sentence == f"The extra argument 's2o' of a request cannot be {given!r}; allowed is 'dense'."
 
 
 @pytest.mark.parametrize("extra", [None, {}, {"other": 1}, {"s2o": "dense"}])
 def test_the_rest_is_let_through(extra):
-    assert compat.wish_problem(SamplingParams(extra_args=extra)) is None
+    assert requests.wish_problem(SamplingParams(extra_args=extra)) is None
 
 
 # -- caches -----------------------------------------------------------------------------------------------------------
@@ -200,7 +201,7 @@ def test_known_connectors_are_vllms():
     """A name that vLLM does not have would hide the warning for another one."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-    assert set(KVConnectorFactory._registry) >= compat.SALTED_CONNECTORS
+    assert set(KVConnectorFactory._registry) >= requests.SALTED_CONNECTORS
 
 
 # -- the hooks --------------------------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ def test_known_connectors_are_vllms():
 def engine(monkeypatch, server):
     """As much of vLLM's engine as handles a new request."""
     monkeypatch.setattr(EngineCore, "preprocess_add_request", EngineCore.preprocess_add_request)
-    compat.follow_requests(plugin.admit, load=True)
+    requests.follow_requests(plugin.admit, load=True)
     made = object.__new__(EngineCore)
     made.mm_receiver_cache = None
     made.request_block_hasher = None
@@ -233,7 +234,7 @@ def test_an_engine_without_the_flag_is_left_alone(engine):
 
 def test_the_engine_is_hooked_once(engine):
     once = EngineCore.preprocess_add_request
-    compat.follow_requests(plugin.admit, load=True)
+    requests.follow_requests(plugin.admit, load=True)
     assert EngineCore.preprocess_add_request is once
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_s2o import compat, stats
+from vllm_s2o.compat import requests
 from vllm_s2o.metrics import switch
 from vllm_s2o.metrics.figures import DENSE, SPARSE, Prompt, Recorder
 
@@ -60,8 +61,8 @@ class Prompts:
             self._computing.pop(request_id, None)
         for new_request in scheduler_output.scheduled_new_reqs:
             name, computed = new_request.req_id, new_request.num_computed_tokens
-            kept_dense = switch.REASONS.get(compat.mark_of(new_request) or "")
-            prompt = Prompt(name, compat.prompt_length(new_request), computed, kept_dense, computed)
+            kept_dense = switch.REASONS.get(requests.mark_of(new_request) or "")
+            prompt = Prompt(name, requests.prompt_length(new_request), computed, kept_dense, computed)
             self._all[name] = self._computing[name] = prompt
         cached = scheduler_output.scheduled_cached_reqs
         prefill = []
@@ -85,7 +86,7 @@ class Prompts:
     def rows(self, common: Any, query_lens: Sequence[int]) -> list[Prompt | None]:
         """The prompt of each row; None where a row's request is not known."""
         step = self._step
-        ids = compat.row_requests(step.runner, common, query_lens, step.scheduled) if step else None
+        ids = requests.row_requests(step.runner, common, query_lens, step.scheduled) if step else None
         return [None] * len(query_lens) if ids is None else list(map(self._all.get, ids))
 
     def kept_dense(self) -> str | None:

@@ -7,12 +7,12 @@ cache then never gives it keys and values of a sparse run, nor the other way rou
 
 from typing import Any
 
-from vllm_s2o import compat
+from vllm_s2o.compat import requests
 from vllm_s2o.metrics import place
 from vllm_s2o.metrics.channel import write_alone
 from vllm_s2o.metrics.figures import ENABLED
 
-KEY = compat.REQUEST_KEY
+KEY = requests.REQUEST_KEY
 ASKED, SWITCHED_OFF = "dense", "off"
 """What may stand under KEY: a client's wish, and what is put there while the switch is off."""
 
@@ -48,17 +48,17 @@ def show(server: place.Server, on: bool) -> None:
 def admit(vllm_config: Any, engine_request: Any) -> None:
     """Decide how a request that enters the engine is computed, and mark it."""
     mark = None
-    if compat.wish(engine_request) == ASKED:
+    if requests.wish(engine_request) == ASKED:
         mark = ASKED
     elif place.switched_off():
         mark = SWITCHED_OFF
-    problem = mark and compat.unseen_steps(vllm_config)
+    problem = mark and requests.unseen_steps(vllm_config)
     if problem and mark == ASKED:
         raise RuntimeError(f"s2o: a request asks for dense attention, which cannot be had here: {problem}")
     if mark and not problem:
-        compat.mark(engine_request, mark, SALT)
-    elif compat.kv_connectors(vllm_config):
-        compat.mark(engine_request, None, f"s2o-{_digest(vllm_config)}")
+        requests.mark(engine_request, mark, SALT)
+    elif requests.kv_connectors(vllm_config):
+        requests.mark(engine_request, None, f"s2o-{_digest(vllm_config)}")
 
 
 def _digest(vllm_config: Any) -> str:

@@ -1,19 +1,25 @@
 """Every difference between vLLM versions. Nothing else in the project asks for one.
 
+    (here)      versions, registration, the model and the dense backend, a step's metadata
+    caches      how caches of keys and values lie in memory, and what their numbers stand for
+    requests    what a request asks for, and which requests a step computes
+
 Written against the sources of vLLM 0.25.1, 0.32.0 and 0.33.0; `make test-matrix` checks them, and others between.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from vllm_s2o.compat.caches import CPU_LAYOUTS, quantised
+from vllm_s2o.compat.requests import wish_problem
 
 if TYPE_CHECKING:  # the command line asks for versions and traits where nothing runs a model
     import torch
@@ -356,189 +362,6 @@ def layer_problem(impl, layer) -> str | None:
     return None
 
 
-# -- requests ---------------------------------------------------------------------------------------------------------
-
-REQUEST_KEY = "s2o"
-"""Among a request's extra arguments. They reach the ranks with its parameters; attention metadata knows no request."""
-
-
-def _extras(params) -> dict[str, Any]:
-    """A client's `vllm_xargs`, and what a pooling request has in their place."""
-    return getattr(params, "extra_args", None) or getattr(params, "extra_kwargs", None) or {}
-
-
-def wish_problem(params) -> str | None:
-    """Why a client may not ask for this, or None."""
-    given = _extras(params).get(REQUEST_KEY)
-    if given in (None, "dense"):
-        return None
-    return f"The extra argument '{REQUEST_KEY}' of a request cannot be {given!r}; allowed is 'dense'."
-
-
-def follow_requests(admit: Callable[[Any, Any], None], load: bool = False) -> None:
-    """Call `admit` with the configuration and each request that enters an engine with the flag.
-
-    Args:
-        load: make it so in this process; otherwise only if it has an engine, whose module is heavy.
-    """
-    if not load and "vllm.v1.engine.core" not in sys.modules:
-        return
-    from vllm.v1.engine.core import EngineCore
-
-    if getattr(EngineCore.preprocess_add_request, "s2o", False):
-        return
-    preprocess = EngineCore.preprocess_add_request
-
-    def preprocess_add_request(self, request):
-        if uses_s2o(self.vllm_config):
-            admit(self.vllm_config, request)
-        return preprocess(self, request)
-
-    hook: Any = preprocess_add_request
-    hook.s2o = True
-    EngineCore.preprocess_add_request = hook
-
-
-def wish(engine_request) -> Any:
-    """What a request's extra arguments hold for S2O."""
-    return _extras(engine_request.sampling_params or engine_request.pooling_params).get(REQUEST_KEY)
-
-
-def mark(engine_request, value: str | None, salt: str) -> None:
-    """Note a decision among the extra arguments, and keep the request's blocks apart in caches of keys and values."""
-    if value is not None:  # on a copy: requests may share their parameters
-        kind = "sampling_params" if engine_request.sampling_params is not None else "pooling_params"
-        params = copy.copy(getattr(engine_request, kind))
-        extras = "extra_args" if kind == "sampling_params" else "extra_kwargs"
-        setattr(params, extras, _extras(params) | {REQUEST_KEY: value})
-        setattr(engine_request, kind, params)
-    given = engine_request.cache_salt
-    engine_request.cache_salt = f"{salt}-{given}" if given else salt
-
-
-def kv_connectors(vllm_config) -> list[str]:
-    """The connectors through which keys and values leave this engine, or come from elsewhere."""
-    transfer = vllm_config.kv_transfer_config
-    if transfer is None or transfer.kv_connector is None:
-        return []
-    several = transfer.kv_connector_extra_config.get("connectors", ())
-    return [one.get("kv_connector", "unknown") for one in several] or [transfer.kv_connector]
-
-
-SALTED_CONNECTORS = {
-    # Their keys are block hashes, which the salt is part of, or hold the salt itself.
-    *("OffloadingConnector", "SimpleCPUOffloadConnector", "MooncakeStoreConnector", "LMCacheMPConnector"),
-    # They hand a request's blocks to one other engine, and keep none.
-    *("NixlConnector", "NixlPullConnector", "NixlPushConnector", "MooncakeConnector", "MoRIIOConnector"),
-}
-"""Connectors that never mix the blocks of two salts."""
-
-
-def unseen_steps(vllm_config) -> str | None:
-    """Why steps of this engine cannot be told apart by request, or None."""
-    if vllm_config.parallel_config.distributed_executor_backend == "ray":
-        return "under Ray the steps of an engine are not seen"
-    return None
-
-
-def watch_steps(begin: Callable[[Any, Any], None], end: Callable[[], None]) -> None:
-    """Call `begin` with what the scheduler says of a step, and with the model runner, before this process's worker
-    computes it, and `end` after it. Warm-up and dummy batches go another way."""
-    from vllm.v1.worker.worker_base import WorkerWrapperBase
-
-    if getattr(WorkerWrapperBase.execute_model, "s2o", False):
-        return
-    execute = WorkerWrapperBase.execute_model
-
-    def execute_model(self, scheduler_output, *args, **kwargs):
-        begin(scheduler_output, self.worker.model_runner)
-        try:
-            return execute(self, scheduler_output, *args, **kwargs)
-        finally:
-            end()
-
-    hook: Any = execute_model
-    hook.s2o = True
-    WorkerWrapperBase.execute_model = hook
-
-
-def mark_of(new_request) -> str | None:
-    """The decision that a request carries."""
-    return _extras(new_request.sampling_params or new_request.pooling_params).get(REQUEST_KEY)
-
-
-def prompt_length(new_request) -> int:
-    """Tokens of a prompt, which may be given as numbers or as embeddings."""
-    if new_request.prompt_token_ids is not None:
-        return len(new_request.prompt_token_ids)
-    return 0 if new_request.prompt_embeds is None else len(new_request.prompt_embeds)
-
-
-def row_requests(runner, common, query_lens: Sequence[int], scheduled: dict[str, int]) -> list[str] | None:
-    """The request of each row of a step, or None where that cannot be told.
-
-    Args:
-        query_lens: of the rows, rows of padding (of length 0) included.
-        scheduled: new tokens of each request of the step, as the scheduler has them.
-    """
-    padding = [""] * len(query_lens)
-    places = getattr(common, "req_idx", None)
-    if places is not None:  # model runner V2, from 0.30 on
-        named = map(runner.req_states.index_to_req_id.get, places.tolist())
-        return [name or "" for name in itertools.islice(itertools.chain(named, padding), len(query_lens))]
-    ids = _sorted_by_tokens(query_lens, scheduled) if hasattr(runner, "req_states") else runner.input_batch.req_ids
-    # A step may be cut into micro-batches, or shared with other ranks: then its rows are not the scheduler's.
-    count = len(scheduled)
-    if list(map(scheduled.get, ids[:count])) != list(query_lens[:count]) or any(query_lens[count:]):
-        return None
-    return [*ids[:count], *padding[count:]]
-
-
-def _sorted_by_tokens(query_lens: Sequence[int], scheduled: dict[str, int]) -> list[str]:
-    """Rows of model runner V2 before 0.30: by new tokens, and those with as many in the scheduler's order."""
-    of_length: dict[int, list[str]] = {}
-    for name, length in scheduled.items():
-        of_length.setdefault(length, []).append(name)
-    rows = {length: iter(names) for length, names in of_length.items()}
-    return [next(rows.get(length, iter(())), "") for length in query_lens]
-
-
-def quantised(impl, layer) -> str | None:
-    """Why a layer's quantised cache cannot be read, or None."""
-    from vllm.platforms import current_platform
-
-    if impl.kv_cache_dtype not in FP8_CACHES:
-        return impl.kv_cache_dtype
-    if not current_platform.is_cuda():  # CPU_ATTN packs such pages in ways of its own
-        return f"{impl.kv_cache_dtype} on a CPU"
-    if not current_platform.has_device_capability(89):
-        return f"{impl.kv_cache_dtype} on a GPU without fp8"
-    if any(getattr(layer, name).numel() > 1 for name in ("_q_scale", "_k_scale", "_v_scale")):
-        return f"{impl.kv_cache_dtype} with a scale per head"
-    return None
-
-
-FP8_CACHES = ("fp8", "fp8_e4m3")
-
-
-def kernel_dtypes(impl) -> tuple[torch.dtype | None, torch.dtype | None]:
-    """Types of queries and caches where they are not the model's."""
-    import torch
-
-    if impl.kv_cache_dtype not in FP8_CACHES:
-        return None, None
-    # vLLM quantises queries before an implementation that says so.
-    return torch.float8_e4m3fn if getattr(impl, "supports_quant_query_input", False) else None, torch.float8_e4m3fn
-
-
-def scales(impl, layer, query: torch.Tensor) -> tuple[float, float]:
-    """Factors on the logits and on the result, of a quantised cache."""
-    if impl.kv_cache_dtype not in FP8_CACHES:
-        return 1.0, 1.0
-    of_query = layer._q_scale_float if query.element_size() == 1 else 1.0
-    return of_query * layer._k_scale_float, layer._v_scale_float
-
-
 # -- one step ---------------------------------------------------------------------------------------------------------
 
 
@@ -608,58 +431,3 @@ def as_in_batch(part: Any, whole: Any) -> Any:
     if hasattr(whole, "max_num_splits"):
         part.max_num_splits = whole.max_num_splits
     return part
-
-
-# -- cache layouts ----------------------------------------------------------------------------------------------------
-
-
-def cuda_caches(kv_cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V as [num_blocks, block_size, num_kv_heads, head_size] views of FLASH_ATTN's cache."""
-    if kv_cache.dim() == 5:  # [blocks, 2, block_size, kv_heads, head_size], to 0.25
-        key, value = kv_cache.unbind(1)
-    else:  # [blocks, kv_heads, block_size, 2 * head_size]
-        key, value = kv_cache.transpose(1, 2).split(head_size, dim=-1)
-    return key, value
-
-
-def _split_cpu(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-    """K and V of CPU_ATTN's cache, each [blocks, kv_heads, block_size * head_size] as the kernels store it."""
-    blocks, heads, block_size, both = kv_cache.shape
-    flat = kv_cache.view(blocks, heads, 2, block_size * both // 2)
-    return flat[:, :, 0], flat[:, :, 1], block_size, both // 2
-
-
-def _plain_cpu(kv_cache: torch.Tensor, block_table: torch.Tensor):
-    """`vec`, `vec16`: a page of K is [head_size, block_size], one of V [block_size, head_size]; strides name both."""
-    key, value, block_size, head_size = _split_cpu(kv_cache)
-    key = key.unflatten(-1, (head_size, block_size)).permute(0, 3, 1, 2)
-    value = value.unflatten(-1, (block_size, head_size)).transpose(1, 2)
-    return key, value, block_table
-
-
-def _amx_cpu(kv_cache: torch.Tensor, block_table: torch.Tensor):
-    """`amx`: pairs of values lie side by side for the tile units, K as [block_size / 16, head_size / 2, 16, 2], V as
-    [head_size / 16, block_size / 2, 16, 2]. No strides name that: the pages in use are unpacked and renumbered."""
-    num_blocks = kv_cache.shape[0]
-    # A table may hold garbage beyond a sequence's end: whatever it names is unpacked, but it must exist.
-    used, renumbered = block_table.clamp(0, num_blocks - 1).unique(return_inverse=True)
-    key, value, block_size, head_size = _split_cpu(kv_cache)
-    key = key[used.long()].unflatten(-1, (block_size // 16, head_size // 2, 16, 2))
-    value = value[used.long()].unflatten(-1, (head_size // 16, block_size // 2, 16, 2))
-    shape = (len(used), key.shape[1], block_size, head_size)
-    key = key.transpose(3, 4).reshape(shape)  # token groups, tokens, pairs, 2
-    value = value.permute(0, 1, 3, 5, 2, 4).reshape(shape)  # token pairs, 2, column groups, columns
-    return key.transpose(1, 2), value.transpose(1, 2), renumbered.int()
-
-
-CPU_LAYOUTS = {"vec": _plain_cpu, "vec16": _plain_cpu, "amx": _amx_cpu}
-"""By the instruction set that packs the cache. `amx` holds for 16-bit types, the only ones vLLM uses it for."""
-
-
-def caches(layer, impl, kv_cache: torch.Tensor, block_table: torch.Tensor):
-    """(key_cache, value_cache, block_table) for `attention.run`."""
-    if kv_cache.is_cuda:
-        if (stored := kernel_dtypes(impl)[1]) is not None:  # vLLM keeps bytes
-            kv_cache = kv_cache.view(stored)
-        return *cuda_caches(kv_cache, impl.head_size), block_table
-    return CPU_LAYOUTS[getattr(layer, "isa", None) or impl.isa](kv_cache, block_table)
