@@ -107,16 +107,3 @@ class VllmServe(Server):
         program = log.with_suffix(".py")  # processes that it spawns import the file again
         program.write_text(_SERVE)
         self.command[: len(server.vllm_command())] = [sys.executable, "-P", str(program)]
-
-
-def write_small_model(directory: Path, source: Path) -> Path:
-    """A Llama that is computed in no time, for --load-format dummy: random weights, and the tokenizer of `source`."""
-    directory.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (directory / name).write_bytes((source / name).read_bytes())
-    config = json.loads((source / "config.json").read_text()) | {
-        "num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 128,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-    }  # fmt: skip
-    (directory / "config.json").write_text(json.dumps(config))
-    return directory

@@ -19,7 +19,7 @@ import openai
 import pytest
 from processes import CHANGED, ROOT, without
 from prometheus_client.parser import text_string_to_metric_families
-from serving import S2O, Server, VllmServe, write_small_model
+from serving import S2O, Server, VllmServe, write_small
 
 from vllm_s2o.config import load_config
 from vllm_s2o.metrics import place
@@ -43,7 +43,7 @@ START_SECONDS = 600
 
 @pytest.fixture(scope="module")
 def small(model, tmp_path_factory):
-    return write_small_model(tmp_path_factory.mktemp("small") / "model", model)
+    return write_small(model, tmp_path_factory.mktemp("small"))
 
 
 class Told:
