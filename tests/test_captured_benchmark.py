@@ -18,7 +18,6 @@ CPU = torch.device("cpu")
 TOKENS = 1031  # seven more than whole pages hold
 NAMES = ("attention", "captured", "inputs", "peers", "providers")
 OWN = ModelTraits("models/tiny", "LlamaForCausalLM", causal_lm.NUM_LAYERS, 4, 2, 64)
-SMOLLM2 = ModelTraits("SmolLM2-135M-Instruct", "LlamaForCausalLM", 30, 9, 3, 64)
 
 
 @pytest.fixture
@@ -137,12 +136,14 @@ def test_a_captured_layer_passes_the_check_of_a_gpu(table, modules, capture):
     assert row["note"] == "" and row["density"]
 
 
-def test_a_layer_that_the_config_keeps_dense_has_no_figures(table, capture):
-    dense, fa2, sparse, _ = table(capture._replace(traits=SMOLLM2))
+def test_a_layer_that_the_config_keeps_dense_has_no_figures(table, modules, capture, monkeypatch):
+    settings = {"layers": [{"layers": 0, "threshold": "dense"}]}
+    monkeypatch.setattr(modules["captured"], "load_config", functools.partial(load_config, additional=settings))
+    dense, fa2, sparse, _ = table(capture)
     assert dense["note"] == "the model's config keeps this layer dense"
     assert not any(dense[column] for column in ("density", "threshold", "ms_p50", "rel_error"))
     assert fa2["ms_p50"] and not fa2["vs_fa3_paged"]
-    assert sparse["shape"] == "SmolLM2-135M-Instruct layer 2 (captured from code)" and sparse["density"]
+    assert sparse["shape"] == "tiny layer 2 (captured from code)" and sparse["density"]
 
 
 def test_what_cannot_run_or_errs_has_a_row_with_the_reason(table, modules, capture, monkeypatch, capsys):

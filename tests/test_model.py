@@ -163,6 +163,11 @@ def test_latent_attention_is_seen(write, changes, latent):
     assert model.read(str(write(LLAMA, **changes))).use_mla is latent
 
 
+@pytest.mark.parametrize("changes, both", [({}, False), ({"is_encoder_decoder": True}, True)], ids=["decoder", "both"])
+def test_an_encoder_is_seen(write, changes, both):
+    assert model.read(str(write(LLAMA, **changes))).is_encoder_decoder is both
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 BAD = {

@@ -68,7 +68,7 @@ def config(backend="S2O") -> SimpleNamespace:
     """As much of a VllmConfig as the plugin looks at."""
     text = SimpleNamespace(num_hidden_layers=2, num_attention_heads=4)
     traits = {
-        "model": "some/model", "use_mla": False, "hf_config": text, "hf_text_config": text,
+        "model": "some/model", "use_mla": False, "is_encoder_decoder": False, "hf_config": text, "hf_text_config": text,
         "get_total_num_kv_heads": lambda: 2, "get_head_size": lambda: 64, "max_model_len": 8192,
     }  # fmt: skip
     return SimpleNamespace(
@@ -337,6 +337,17 @@ def test_latent_attention_is_refused(tmp_path):
     tiny.vllm_config(model, None)
     with pytest.raises(StartError, match=r"^the S2O backend does not support .*\(MLA\): start without the flag\.$"):
         tiny.vllm_config(model)
+
+
+def test_encoder_and_decoder_are_refused(platform):
+    """A decoder that attends to an encoder's output too: causality holds for one of its two attentions only."""
+    plugin.register()
+    given = config()
+    given.model_config.is_encoder_decoder = True
+    with pytest.raises(StartError, match=r"^the S2O backend does not support encoder-decoder models: start without"):
+        platform.check_and_update_config(given)
+    given.attention_config.backend = None
+    platform.check_and_update_config(given)
 
 
 def test_batch_invariance_is_refused(platform, monkeypatch):

@@ -69,6 +69,10 @@ class Model:
     def use_mla(self) -> bool:
         return getattr(self.hf_text_config, "kv_lora_rank", None) is not None
 
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return bool(getattr(self.hf_config, "is_encoder_decoder", False))
+
 
 def read(name: str) -> Model:
     """The model of a directory or of a name on Hugging Face.

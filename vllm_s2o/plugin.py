@@ -7,6 +7,7 @@ from vllm_s2o import compat
 from vllm_s2o.compat import requests
 
 MLA = "the S2O backend does not support multi-head latent attention (MLA): start without the flag."
+ENCODER_DECODER = "the S2O backend does not support encoder-decoder models: start without the flag."
 # What is skipped depends on where a prompt is cut into chunks, and that on the other requests of a step.
 BATCH_INVARIANT = "the S2O backend does not support VLLM_BATCH_INVARIANT: unset it, or start without the flag."
 
@@ -43,6 +44,8 @@ def check(vllm_config) -> None:
         return
     if model_config.use_mla:
         compat.stop(MLA)
+    if model_config.is_encoder_decoder:
+        compat.stop(ENCODER_DECODER)
     if compat.batch_invariant():
         compat.stop(BATCH_INVARIANT)
     from vllm_s2o.config import ConfigError

@@ -333,6 +333,12 @@ def test_a_model_that_is_refused(doctor, smollm2, changes, value, advice):
     assert value in found["value"] and advice in found["advice"]
 
 
+def test_an_encoder_is_foreseen_where_no_vllm_can_say(doctor, tmp_path):
+    both = write_smollm2(tmp_path / "both", is_encoder_decoder=True)
+    document = doctor(both, "--json", answer=Answer("a:b")).document
+    assert "encoder-decoder" in finding(document, "serving")["value"]
+
+
 def test_latent_attention_is_foreseen_where_no_vllm_can_say(doctor, tmp_path):
     latent = write_smollm2(tmp_path / "latent", kv_lora_rank=64)
     document = doctor(latent, "--json", answer=Answer("a:b")).document

@@ -13,7 +13,7 @@ def configured(store: dict | None = None, **s2o) -> SimpleNamespace:
     compat.register_backend()
     text = SimpleNamespace(num_hidden_layers=2, num_attention_heads=4)
     traits = {
-        "model": "some/model", "use_mla": False, "hf_config": text, "hf_text_config": text,
+        "model": "some/model", "use_mla": False, "is_encoder_decoder": False, "hf_config": text, "hf_text_config": text,
         "get_total_num_kv_heads": lambda: 2, "get_head_size": lambda: 64, "max_model_len": 8192,
     }  # fmt: skip
     config = SimpleNamespace(

@@ -1,5 +1,6 @@
 """Captured queries, keys and values are those that the model's own attention computed with."""
 
+import functools
 import gc
 import math
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 from processes import ROOT, run
 
+from vllm_s2o.config import load_config
 from vllm_s2o.quality import capture as module
 from vllm_s2o.quality.capture import CaptureError, attention_inputs, capture, load, save
 from vllm_s2o.quality.text import first_tokens
@@ -170,11 +172,15 @@ def test_rope_that_cannot_be_extended_is_refused(rope, said):
         module.extend_rope(config, causal_lm.CONTEXT + 1)
 
 
-def test_default_layers_are_the_first_middle_and_last_sparse_one(checkpoint):
+def test_default_layers_are_the_first_middle_and_last_sparse_one(checkpoint, monkeypatch):
     from transformers import AutoConfig
 
     smollm2 = module.ModelTraits("SmolLM2-135M-Instruct", "LlamaForCausalLM", 30, 9, 3, 64)
-    assert module.default_layers(smollm2) == [1, 15, 29], "layer 0 is dense"
+    assert module.default_layers(smollm2) == [0, 15, 29]
+    dense = {"layers": [{"layers": [0, 29], "threshold": "dense"}]}
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "load_config", functools.partial(load_config, additional=dense))
+        assert module.default_layers(smollm2) == [1, 15, 28]
     traits = module.model_traits(str(checkpoint), AutoConfig.from_pretrained(checkpoint))
     assert traits == module.ModelTraits(str(checkpoint), "LlamaForCausalLM", 3, 4, 2, 64)
     assert module.default_layers(traits) == [0, 1, 2]

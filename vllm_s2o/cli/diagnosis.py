@@ -141,6 +141,8 @@ class _Subject:
             return [Finding("model", "serving", f"vLLM accepts it, with up to {answer.max_model_len} tokens")]
         if self.model is not None and self.model.use_mla:
             return [_refusal("model", plugin.MLA)]
+        if self.model is not None and self.model.is_encoder_decoder:
+            return [_refusal("model", plugin.ENCODER_DECODER)]
         return []
 
     def _layers(self) -> list[Finding]:

@@ -1,0 +1,60 @@
+"""Steps of several prefills, chunks and decodes: no sequence depends on its neighbours, and cuts change little."""
+
+import engines
+import pytest
+import torch
+from engines import CONFIG, EXACT, TOLERANCE, ask, of_answer, of_prompt, tokens
+
+PROMPTS = [tokens(count, seed) for seed, count in enumerate((1400, 40, 900, 300, 130, 700))]
+
+
+def test_each_sequence_is_what_it_is_alone(llama, witness):
+    """Bit for bit: the witness computes each one alone, from the same queries and caches."""
+    with engines.engine(llama, {**CONFIG, "threshold": 0.15}, max_num_batched_tokens=512) as llm:
+        ask(llm, PROMPTS, generated=12)
+    seen = witness.take()
+    several = [step for step in seen.batches if len(step.sparse) > 1]
+    assert several, "no step had two long prefills"
+    beside = [
+        step for step in seen.batches
+        if any(count == 1 for count in step.query_lens) and any(1 < step.query_lens[row] for row in step.sparse)
+    ]  # fmt: skip
+    assert beside, "no step had a decode beside a long prefill"
+    assert any(step.seq_lens[row] > step.query_lens[row] for step in seen.batches for row in step.sparse)
+    assert 0.1 < seen.density < 0.9, "nothing was skipped"
+
+
+def test_without_skipping_a_batch_says_what_dense_attention_says(llama, witness):
+    with engines.engine(llama, None) as llm:
+        expected = ask(llm, PROMPTS, generated=12)
+    with engines.engine(llama, EXACT, max_num_batched_tokens=500) as llm:
+        got = ask(llm, PROMPTS, generated=12)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(of_prompt(ours), of_prompt(theirs), atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(of_answer(ours), of_answer(theirs), atol=TOLERANCE, rtol=0)
+    assert witness.take().density == 1
+
+
+@pytest.fixture(scope="module")
+def whole(llama):
+    with pytest.MonkeyPatch.context() as patch:
+        return prefilled(llama, engines.Witness(patch), engines.CONTEXT)
+
+
+def prefilled(llama, witness, at_most: int) -> engines.Seen:
+    """One long prompt, in chunks of a length at most."""
+    with engines.engine(llama, {**CONFIG, "segment_len": 256, "threshold": 0.15}, max_num_batched_tokens=at_most) as llm:
+        ask(llm, [tokens(2900, 7)])
+    return witness.take()
+
+
+@pytest.mark.parametrize("at_most", [1024, 700, 257, 130])
+def test_chunks(llama, whole, witness, at_most):
+    """Where a chunk ends inside a segment, its segments' rankings come from fewer queries: the error against dense
+    attention stays near that of a prompt that is computed at once, and so does the density of the whole prompt."""
+    seen = prefilled(llama, witness, at_most)
+    assert len(seen.rows) > len(whole.rows)
+    assert sum(row.causal for row in seen.rows) <= sum(row.causal for row in whole.rows)
+    print(at_most, seen.rel_error, whole.rel_error, seen.density, whole.density)
+    assert seen.rel_error <= 1.25 * whole.rel_error
+    assert abs(seen.density - whole.density) <= 0.1 * whole.density

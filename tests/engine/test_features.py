@@ -1,0 +1,63 @@
+"""What else vLLM does with a prompt: adapters, and drafts of several tokens that are verified at once."""
+
+import json
+
+import engines
+import pytest
+import torch
+from engines import EXACT, TOLERANCE, ask, of_answer, of_prompt, tokens
+from safetensors.torch import save_file
+
+RANK = 4
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """Of rank 4, for queries, keys and values of all layers, as PEFT stores one."""
+    directory = tmp_path_factory.mktemp("adapter")
+    generator = torch.Generator().manual_seed(5)
+    sizes = {"q_proj": 256, "k_proj": 128, "v_proj": 128}
+    weights = {}
+    for layer in range(3):
+        for name, size in sizes.items():
+            at = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights[f"{at}.lora_A.weight"] = torch.randn(RANK, 128, generator=generator) * 0.2
+            weights[f"{at}.lora_B.weight"] = torch.randn(size, RANK, generator=generator) * 0.2
+    save_file(weights, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": [*sizes], "bias": "none"}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_adapters(llama, adapter, witness):
+    """A prompt with one beside the same prompt without: keys of one are not those of the other."""
+    from vllm.lora.request import LoRARequest
+
+    prompt = tokens(600, 6)
+    options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": 8}
+    both = [None, LoRARequest("adapter", 1, str(adapter))]
+    with engines.engine(llama, None, **options) as llm:
+        expected = ask(llm, [prompt, prompt], lora=both)
+    with engines.engine(llama, EXACT, **options) as llm:
+        got = ask(llm, [prompt, prompt], lora=both)
+    assert (of_prompt(got[0]) - of_prompt(got[1])).abs().mean() > 0.1, "the adapter changes nothing"
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(of_prompt(ours), of_prompt(theirs), atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(of_answer(ours), of_answer(theirs), atol=TOLERANCE, rtol=0)
+    assert {step.sparse for step in witness.take().batches} == {(0, 1)}
+
+
+def test_drafted_tokens_are_verified_dense(llama, witness):
+    """Drafts are found in the prompt. Rows that verify them are short prefills on a long history."""
+    prompts = [tokens(100, 8) * 6, tokens(70, 9) * 5]
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    with engines.engine(llama, None) as llm:
+        expected = ask(llm, prompts, generated=24, prompt_logprobs=None)
+    with engines.engine(llama, EXACT, speculative_config=drafts, disable_log_stats=False) as llm:
+        got = ask(llm, prompts, generated=24, prompt_logprobs=None)
+        figures = {metric.name: metric for metric in llm.get_metrics()}
+    assert figures["vllm:spec_decode_num_draft_tokens"].value > 0, "nothing was drafted"
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
+        torch.testing.assert_close(of_answer(ours), of_answer(theirs), atol=TOLERANCE, rtol=0)
+    assert {row.query_len for row in witness.take().rows} == {600, 350}
