@@ -43,7 +43,9 @@ def whole(llama):
 
 def prefilled(llama, witness, at_most: int) -> engines.Seen:
     """One long prompt, in chunks of a length at most."""
-    with engines.engine(llama, {**CONFIG, "segment_len": 256, "threshold": 0.15}, max_num_batched_tokens=at_most) as llm:
+    with engines.engine(
+        llama, {**CONFIG, "segment_len": 256, "threshold": 0.15}, max_num_batched_tokens=at_most
+    ) as llm:
         ask(llm, [tokens(2900, 7)])
     return witness.take()
 

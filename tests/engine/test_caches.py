@@ -59,9 +59,9 @@ def preempted(monkeypatch):
     names = []
     original = Scheduler._preempt_request
 
-    def preempt(self, request, *args):
+    def preempt(self, request, *args, **more):
         names.append(request.request_id)
-        return original(self, request, *args)
+        return original(self, request, *args, **more)
 
     monkeypatch.setattr(Scheduler, "_preempt_request", preempt)
     return names

@@ -1,7 +1,6 @@
 """Engines in several processes: heads, layers or requests are shared between them, and nothing of the answers changes."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,21 +19,27 @@ PROMPTS = [tokens(700, 1), tokens(40, 2), tokens(400, 3)]
 OVERRIDES = [{"layers": 1, "threshold": 0.3}, {"layers": 2, "heads": [3], "threshold": 0.0}]
 LAYOUTS = {
     "tensor": {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
-    "pipeline": {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},
+    "pipeline": {
+        "pipeline_parallel_size": 2,
+        "distributed_executor_backend": "mp",
+        # Without any compilation vLLM's CPU runner makes no room for what one stage hands to the next.
+        "enforce_eager": False,
+        "compilation_config": {"mode": 1, "backend": "eager"},
+    },
 }
 
 
 def run(options: dict, cwd: Path) -> tuple[list[list[torch.Tensor]], str]:
-    """What a program prints of its engine, and its log."""
+    """What a program writes of its engine, and its log."""
     asked = {"options": options, "prompts": PROMPTS, "generated": 4}
     environment = without(*CHANGED) | {
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(PROGRAM.parent),
     }  # fmt: skip
-    command = [sys.executable, "-P", PROGRAM, json.dumps(asked)]
+    command = [sys.executable, "-P", PROGRAM, json.dumps(asked), cwd / "found.json"]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-    found = json.loads(done.stdout.strip().rpartition("\n")[2])
+    found = json.loads((cwd / "found.json").read_text())
     return [[torch.tensor(values) for values in output] for output in found], done.stdout + done.stderr
 
 

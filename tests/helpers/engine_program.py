@@ -1,10 +1,11 @@
-"""A program with an engine whose parts are in several processes: log-probabilities of prompts, as JSON in its last line.
+"""A program with an engine whose parts are in several processes: log-probabilities of prompts and answers.
 
-    python engine_program.py '{"options": {...}, "prompts": [[...]], "generated": 4}'
+python engine_program.py '{"options": {...}, "prompts": [[...]], "generated": 4}' FILE.json
 """
 
 import json
 import sys
+from pathlib import Path
 
 
 def main() -> None:
@@ -15,7 +16,7 @@ def main() -> None:
     llm = LLM(**asked["options"])
     outputs = engines.ask(llm, asked["prompts"], asked["generated"])
     found = [[engines.of_prompt(output).tolist(), engines.of_answer(output).tolist()] for output in outputs]
-    print(json.dumps(found))
+    Path(sys.argv[2]).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":  # processes that the engine starts import this file

@@ -5,6 +5,7 @@ log-probabilities in fp32: of each token of a prompt, or of what was generated.
 """
 
 import contextlib
+import functools
 import gc
 import os
 from pathlib import Path
@@ -46,14 +47,33 @@ def options(model: Path, s2o: dict | None, **more) -> dict:
     }  # fmt: skip
 
 
+_register = functools.cache(lambda platform: platform.register_triton_kernel_overrides())
+
+
+def _overridden_once():
+    """On a CPU vLLM looks through all modules for kernels that it replaces, once for each engine, and stumbles over
+    Numba's, which it imports itself where drafts are looked up in prompts. Once for all engines does."""
+    from vllm.platforms import current_platform
+
+    name = "register_triton_kernel_overrides"
+    if not hasattr(current_platform, name):
+        return contextlib.nullcontext()
+    _register(current_platform)
+    return patch.object(type(current_platform), name, lambda *args: None)
+
+
 @contextlib.contextmanager
 def engine(model: Path, s2o: dict | None, **more):
     """An LLM; nothing of it stays in this process."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    patches = contextlib.ExitStack()
+    patches.enter_context(patch.dict(os.environ, _ENVIRONMENT))
     # On a CPU vLLM puts a function of its own in PyTorch's place.
-    with patch.dict(os.environ, _ENVIRONMENT), patch.object(torch, "set_num_threads", torch.set_num_threads):
+    patches.enter_context(patch.object(torch, "set_num_threads", torch.set_num_threads))
+    patches.enter_context(_overridden_once())
+    with patches:
         llm = LLM(**options(model, s2o, **more))
         try:
             yield llm
@@ -74,7 +94,7 @@ def ask(llm, prompts: list[list[int]], generated: int = 4, prompt_logprobs: int 
     from vllm import SamplingParams
 
     params = SamplingParams(
-        temperature=0, max_tokens=generated, min_tokens=generated, logprobs=1, prompt_logprobs=prompt_logprobs,
+        temperature=0, max_tokens=generated, ignore_eos=True, logprobs=1, prompt_logprobs=prompt_logprobs,
         detokenize=False, **more,
     )  # fmt: skip
     asked = [{"prompt_token_ids": prompt} for prompt in prompts]
