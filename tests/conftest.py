@@ -30,9 +30,9 @@ def pytest_xdist_make_scheduler(config, log):
     """With pytest-xdist, `-n 2`: one process runs all tests that share servers, and the other one meanwhile all else.
 
     Each process makes fixtures of its own: otherwise both would start every server, for which memory does not suffice.
-    The largest groups of tests are handed out first, so that the servers' are among them; the others go one by one to
-    the process that has time. With `--dist loadgroup` that would take marks only, but pytest-xdist 3.8.0 does not see
-    them under pytest 9.2.0.
+    The largest groups of tests are handed out first, so that the servers' are among them, and the engines', which the
+    other process has; the others go one by one to the process that has time. With `--dist loadgroup` that would take
+    marks only, but pytest-xdist 3.8.0 does not see them under pytest 9.2.0.
     """
     if config.getvalue("dist") != "load":
         return None
@@ -43,6 +43,8 @@ def pytest_xdist_make_scheduler(config, log):
             path = nodeid.partition("::")[0]
             if path in WHOLE:
                 return path
+            if path.startswith("tests/engine/"):
+                return "engines"
             return "servers" if path.startswith("tests/serving/") else nodeid
 
     return Scheduling(config, log)

@@ -17,7 +17,7 @@ def test_each_sequence_is_what_it_is_alone(llama, witness):
     assert several, "no step had two long prefills"
     beside = [
         step for step in seen.batches
-        if any(count == 1 for count in step.query_lens) and any(1 < step.query_lens[row] for row in step.sparse)
+        if any(count == 1 for count in step.query_lens) and any(step.query_lens[row] > 1 for row in step.sparse)
     ]  # fmt: skip
     assert beside, "no step had a decode beside a long prefill"
     assert any(step.seq_lens[row] > step.query_lens[row] for step in seen.batches for row in step.sparse)

@@ -1,4 +1,4 @@
-"""What else vLLM does with a prompt: adapters, and drafts of several tokens that are verified at once."""
+"""What else vLLM does with a prompt: adapters, drafts of several tokens that are verified at once, stores of keys."""
 
 import json
 
@@ -60,3 +60,19 @@ def test_drafted_tokens_are_verified_dense(llama, witness):
         assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
         torch.testing.assert_close(of_answer(ours), of_answer(theirs), atol=TOLERANCE, rtol=0)
     assert {row.query_len for row in witness.take().rows} == {600, 350}
+
+
+@pytest.mark.parametrize("decodes", [None, EXACT], ids=["dense", "s2o"])
+def test_keys_and_values_from_another_engine(llama, tmp_path, decodes):
+    """One engine prefills with S2O and stores what it computed, another one goes on from there."""
+    prompt = tokens(1000, 10)
+    store = {
+        "kv_connector": "ExampleConnector", "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path / "store")},
+    }  # fmt: skip
+    with engines.engine(llama, EXACT, kv_transfer_config=store) as llm:
+        (prefilled,) = ask(llm, [prompt], prompt_logprobs=None)
+    with engines.engine(llama, decodes, kv_transfer_config=store) as llm:
+        (decoded,) = ask(llm, [prompt], prompt_logprobs=None)
+    assert (prefilled.num_cached_tokens, decoded.num_cached_tokens) == (0, 896)
+    torch.testing.assert_close(of_answer(decoded), of_answer(prefilled), atol=TOLERANCE, rtol=0)

@@ -1,4 +1,4 @@
-"""vLLM's engine in this process, on checkpoints with random weights: what a model computes can be looked at from within.
+"""vLLM's engine in this process, on checkpoints with random weights: what a model computes can be seen from within.
 
 Weights are large enough that attention prefers some keys. Prompts are token numbers, and what is compared are
 log-probabilities in fp32: of each token of a prompt, or of what was generated.
