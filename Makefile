@@ -42,9 +42,8 @@ export PYTHONSAFEPATH = 1
 SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .ONESHELL:
-.PHONY: help serve serve-command check test test-fast test-matrix test-peers soak sanitize bench bench-attention \
-	bench-serving quality frontier tasks docs \
-	needs-gpu install discard clean
+.PHONY: help serve serve-command check test test-fast test-matrix test-peers soak load chunks sanitize bench \
+	bench-attention bench-serving quality frontier tasks docs needs-gpu install discard clean
 
 help: ## list what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 17
@@ -78,9 +77,25 @@ test-matrix: $(INSTALLED) ## check what is used of vLLM in its sources of severa
 
 # What `make test` looks at briefly: EXAMPLES problems that hypothesis thinks of, some ten minutes on a CPU.
 EXAMPLES = 2000
-soak: $(INSTALLED) ## thousands of random problems against the oracle: EXAMPLES=
+soak: load ## thousands of random problems against the oracle, and `make load`: EXAMPLES=
 	@VLLM_S2O_EXAMPLES=$(EXAMPLES) .venv/bin/pytest $(PARALLEL) --timeout 7200 tests/attention/test_differential.py \
 		tests/attention/test_faults.py tests/attention/test_overflow.py
+
+# Requests of many lengths, some of which are given up, to a server with S2O and to one without.
+ifdef GPU
+LOAD = --shape llama-3.1-8b --requests 500 --tokens 64 65536
+else
+LOAD = --shape tiny --config '{"min_seq_len": 1024, "budget": 0.25}' --server "$(CPU_FLAGS) --max-num-seqs 32"
+load: export VLLM_CPU_NUM_OF_RESERVED_CPU ?= 0
+endif
+
+load: $(SMOLLM2)/prepared.txt ## hundreds of requests at once: none may fail, and memory must not grow; ARGS=
+	@unset PYTHONSAFEPATH
+	.venv/bin/python benchmarks/load.py $(SMOLLM2) --out benchmarks/results/load.csv $(LOAD) $(ARGS)
+
+chunks: $(SMOLLM2)/prepared.txt ## what cuts of a prompt do to S2O's error, on a model's own attention
+	@unset PYTHONSAFEPATH
+	OMP_WAIT_POLICY=PASSIVE .venv/bin/python benchmarks/chunks.py $(SMOLLM2) --out benchmarks/results/chunks.csv $(ARGS)
 
 sanitize: needs-gpu $(INSTALLED) ## on a GPU: the kernels under compute-sanitizer, into benchmarks/results/sanitize.txt
 	@bash benchmarks/sanitize.sh

@@ -73,7 +73,21 @@ SHAPES: dict[str, dict[str, Any]] = {
         },
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
-    }
+    },
+    # Next to nothing to compute: for thousands of requests on a CPU.
+    "tiny": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "hidden_size": 256,
+        "intermediate_size": 64,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "torch_dtype": "bfloat16",
+    },
 }
 
 

