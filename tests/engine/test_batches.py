@@ -46,17 +46,16 @@ def prefilled(llama, witness, at_most: int) -> engines.Seen:
     with engines.engine(
         llama, {**CONFIG, "segment_len": 256, "threshold": 0.15}, max_num_batched_tokens=at_most
     ) as llm:
-        ask(llm, [tokens(2900, 7)])
+        ask(llm, [tokens(2000, 7)])
     return witness.take()
 
 
-@pytest.mark.parametrize("at_most", [1024, 700, 257, 130])
+@pytest.mark.parametrize("at_most", [700, 130])
 def test_chunks(llama, whole, witness, at_most):
     """Where a chunk ends inside a segment, its segments' rankings come from fewer queries: the error against dense
     attention stays near that of a prompt that is computed at once, and so does the density of the whole prompt."""
     seen = prefilled(llama, witness, at_most)
     assert len(seen.rows) > len(whole.rows)
     assert sum(row.causal for row in seen.rows) <= sum(row.causal for row in whole.rows)
-    print(at_most, seen.rel_error, whole.rel_error, seen.density, whole.density)
     assert seen.rel_error <= 1.25 * whole.rel_error
     assert abs(seen.density - whole.density) <= 0.1 * whole.density

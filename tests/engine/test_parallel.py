@@ -1,10 +1,11 @@
-"""Engines in several processes, which share heads, layers or requests: nothing of the answers changes."""
+"""Engines in several processes, which share heads or layers: nothing of the answers changes.
+
+Engines that share requests are in tests/serving/test_metrics.py.
+"""
 
 import json
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import engines
@@ -12,8 +13,6 @@ import pytest
 import torch
 from engines import CONFIG, TOLERANCE, tokens
 from processes import CHANGED, ROOT, without
-from prometheus_client.parser import text_string_to_metric_families
-from serving import S2O, VllmServe
 
 from vllm_s2o.stats import prefills
 
@@ -38,7 +37,7 @@ def run(options: dict, cwd: Path) -> tuple[list[list[torch.Tensor]], str]:
     asked = {"options": options, "prompts": PROMPTS, "generated": 4}
     environment = without(*CHANGED) | {
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(PROGRAM.parent),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": str(PROGRAM.parent),
     }  # fmt: skip
     command = [sys.executable, "-P", PROGRAM, json.dumps(asked), cwd / "found.json"]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
@@ -65,34 +64,3 @@ def test_layouts(layout, llama, alone, tmp_path):
             torch.testing.assert_close(mine, one, atol=TOLERANCE, rtol=0)
     assert any(step.sparse_layers for step in prefills(log))
     assert 0 < min(step.density for step in prefills(log)) < 0.9
-
-
-@pytest.mark.serving
-def test_data_parallel(llama, tmp_path):
-    """Two engines behind one server, whose figures are on one page."""
-    config = json.dumps({"s2o": {**CONFIG, "budget": 0.25}})
-    args = (*S2O, "--additional-config", config, "--max-model-len", "4096", "--data-parallel-size", "2")
-    env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    server = VllmServe(llama, tmp_path / "server.log", args, env)
-    server.start_seconds = 300
-    with server:
-        for prompt in (tokens(700, seed) for seed in range(4)):
-            server.client.completions.create(model=server.name, prompt=prompt, max_tokens=2)
-        expected = {"vllm_s2o_prefill_tokens_total": {"": 2800}, "vllm:request_success_total": {"0": 2, "1": 2}}
-        labels = {"vllm_s2o_prefill_tokens_total": "reason", "vllm:request_success_total": "engine"}
-        deadline = time.monotonic() + 30
-        while (found := counted(server.port, labels)) != expected and time.monotonic() < deadline:
-            time.sleep(0.5)
-    assert found == expected
-    assert len({step.density for step in prefills(server.log)}) == 1
-
-
-def counted(port: int, labels: dict[str, str]) -> dict[str, dict[str, int]]:
-    """Counters on a server's page that are not 0, by one of their labels."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
-        families = text_string_to_metric_families(answer.read().decode())
-    found: dict[str, dict[str, int]] = {}
-    for sample in (sample for family in families for sample in family.samples):
-        if sample.name in labels and sample.value:
-            found.setdefault(sample.name, {})[sample.labels[labels[sample.name]]] = int(sample.value)
-    return found

@@ -25,13 +25,13 @@ DTYPE = re.findall(r"--dtype (\S+)", make("serve-command"))
 BASE_ARGS = [
     *("--enforce-eager", "--no-enable-prefix-caching", *SHARE, *(f"--dtype={name}" for name in DTYPE)),
     *("--max-model-len", "8192", "--max-num-batched-tokens", "8192", "--max-num-seqs", "8"),
+    # As vLLM does by itself on one GPU; on a CPU it starts a process more, which imports all of it once more.
+    *("--distributed-executor-backend", "uni"),
 ]
 S2O = ("--attention-backend", "CUSTOM")
 EXACT = not CUDA
 """Whether there is a precision in which two ways to compute one thing agree: FLASH_ATTN takes no fp32."""
 PRECISION = ("--dtype", "float32" if EXACT else "bfloat16")
-DENSE_IS_EXACT = [*PRECISION[1:]] == DTYPE
-"""Whether every server here has that precision: a second one without the flag would be the same."""
 KV_CACHE = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 """GiB of each server: more than twice what 8,192 tokens take in fp32, for up to four servers live side by side."""
 

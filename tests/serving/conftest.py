@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from serving import DENSE_IS_EXACT, MADE_HERE, PRECISION, S2O, Server
+from serving import MADE_HERE, PRECISION, S2O, Server
 
 LIST_IMPORTS = {"PYTHONPROFILEIMPORTTIME": "1"}
 """The server's log then lists what its processes import."""
@@ -49,16 +49,6 @@ def dense(model, log_dir):
 def s2o(model, log_dir):
     """With the flag, as shipped."""
     with Server(model, log_dir / "s2o.log", S2O, LIST_IMPORTS) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def reference(request, model, log_dir):
-    """Without the flag, as exact as it gets."""
-    if DENSE_IS_EXACT:
-        yield request.getfixturevalue("dense")
-        return
-    with Server(model, log_dir / "reference.log", PRECISION) as server:
         yield server
 
 

@@ -141,7 +141,7 @@ def layer_pairs(tokens: int) -> int:
 
 @pytest.fixture(scope="module")
 def told(small, log_dir, count_tokens):
-    with started(Server, small, log_dir / "figures.log") as server:
+    with started(Server, small, log_dir / "figures.log", ("--distributed-executor-backend", "mp")) as server:
         yield Told(server, count_tokens)
 
 
@@ -300,7 +300,7 @@ def test_a_missing_file_does_not_break_metrics(told):
     assert told.figures().tokens[SPARSE] == before.tokens[SPARSE]
 
 
-# -- several API servers, after one that was killed -------------------------------------------------------------------
+# -- several API servers and engines, after one that was killed -------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -310,8 +310,9 @@ def several(small, log_dir, count_tokens, told):
     os.killpg(told.server.process.pid, signal.SIGKILL)
     told.server.process.wait(60)
     assert left.is_dir() and list(left.glob("*.db")), "else a restart would have nothing to leave out"
-    args = ("--api-server-count", "2")
-    with started(VllmServe, small, log_dir / "several.log", args) as server:
+    args = ("--api-server-count", "2", "--data-parallel-size", "2")
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # else the engines look for a core each beside a reserved one
+    with started(VllmServe, small, log_dir / "several.log", args, env) as server:
         yield Told(server, count_tokens), left
 
 
@@ -332,6 +333,17 @@ def test_several_api_servers_tell_the_same(several):
     assert seen == {(tokens, sum(layer_pairs(usage.prompt_tokens) for usage in usages), 3)}
     assert len(set(re.findall(r"\(ApiServer_(\d+) pid=", told.server.log))) == 2, "one server alone was started"
     assert "vllm:prompt_tokens_total" in told.samples()
+
+
+def test_engines_add_up(several):
+    """Requests are shared between them; what each has computed is in one sum."""
+    told, _ = several
+    for _ in range(4):
+        usage, before, after = told.ask(told.text())
+        assert grown(before, after) == {SPARSE: usage.prompt_tokens}
+        assert after.causal - before.causal == layer_pairs(usage.prompt_tokens)
+    asked = {s.labels["engine"]: s.value for s in told.samples()["vllm:prompt_tokens_total"]}
+    assert asked.keys() == {"0", "1"} and all(asked.values()), "one engine did all"
 
 
 def test_several_api_servers_have_one_switch(several):
