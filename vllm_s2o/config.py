@@ -190,6 +190,7 @@ def _load(traits: ModelTraits, additional: Any, env: str | None, directory: Path
     else:
         fields, source, matched = _read_path(path, named_by), str(path), "path"
     file = _checked(fields, source)
+    _check_layers(file, traits, source)
     origins = dict.fromkeys(_dotted(ConfigFile().model_dump()), "default")
     origins |= dict.fromkeys(_dotted(fields), source)
     from_file = len(file.layers)
@@ -197,15 +198,20 @@ def _load(traits: ModelTraits, additional: Any, env: str | None, directory: Path
         validate(Settings, overrides, ADDITIONAL, partial=True)
         origins |= dict.fromkeys(_dotted(overrides), ADDITIONAL)
         merged = {**fields, **overrides, "params": {**fields.get("params", {}), **overrides.get("params", {})}}
-        if from_file and overrides.get("layers"):  # the user's overrides come on top of the file's
-            merged["layers"] = [*fields["layers"], *overrides["layers"]]
-            origins["layers"] = f"{source}, {ADDITIONAL}"
-        elif from_file:
-            merged["layers"], origins["layers"] = fields["layers"], source
+        kept = given = fields.get("layers", [])
+        if "threshold" in overrides.get("params", {}):
+            # It is meant for all layers, and those that the file has for single ones would lie over it.
+            kept = [override for override in given if override["threshold"] == "dense"]
+        from_file = len(kept)
+        merged["layers"] = [*kept, *overrides.get("layers", [])]
+        if given:
+            replaced = len(kept) < len(given) or overrides.get("layers")
+            origins["layers"] = f"{source}, {ADDITIONAL}" if replaced else source
         file = validate(ConfigFile, merged, f"{source} with {ADDITIONAL}")
         _refuse_unused_thresholds(overrides, file, ADDITIONAL)
+        _check_layers(file, traits, ADDITIONAL, from_file)
     resolved = ResolvedConfig(file, traits, source, matched, origins, named_by, from_file)
-    _check_heads_and_layers(resolved)
+    _check_heads(resolved)
     return resolved
 
 
@@ -293,21 +299,22 @@ def _dotted(fields: dict[str, Any], prefix: str = "") -> list[str]:
     return names
 
 
-def _check_heads_and_layers(config: ResolvedConfig) -> None:
-    from_file = config.num_file_layers
+def _check_heads(config: ResolvedConfig) -> None:
     traits, threshold = config.traits, config.params.threshold
     if isinstance(threshold, tuple) and len(threshold) != traits.num_heads:
         raise ConfigError(
             f"{config.origins['params.threshold']}: the field 'params.threshold' lists {len(threshold)} heads, "
             f"but the model {traits.name} has {traits.num_heads}; allowed is one value, or one per query head."
         )
-    for number, override in enumerate(config.file.layers):
-        where = f"{config.source}: the field 'layers.{number}"
-        if number >= from_file:
-            where = f"{ADDITIONAL}: the field 'layers.{number - from_file}"
+
+
+def _check_layers(file: ConfigFile, traits: ModelTraits, source: str, first: int = 0) -> None:
+    """Of the overrides from the `first` on, which `source` has."""
+    for number, override in enumerate(file.layers[first:]):
         for name, count in (("layers", traits.num_layers), ("heads", traits.num_heads)):
             given = getattr(override, name)
             if given is not None and any(part.stop > count for part in ranges(given)):
                 raise ConfigError(
-                    f"{where}.{name}' cannot be {show(given)}; the model {traits.name} has {name} 0 to {count - 1}."
+                    f"{source}: the field 'layers.{number}.{name}' cannot be {show(given)}; "
+                    f"the model {traits.name} has {name} 0 to {count - 1}."
                 )

@@ -28,7 +28,7 @@ def rows(out: str) -> dict[str, list[str]]:
 
 
 def test_every_value_has_its_origin(command, smollm2):
-    ended = command("config", "show", smollm2, *option(threshold=0.01))
+    ended = command("config", "show", smollm2, *option(stop_interval=2))
     assert (ended.status, ended.err) == (0, "")
     assert ended.out.startswith(f"config {FILE} (matched by name; calibrated: searched on ")
     table = rows(ended.out)
@@ -38,7 +38,7 @@ def test_every_value_has_its_origin(command, smollm2):
         "min_seq_len", "min_query_len", *(f"params.{name}" for name in S2OParams.model_fields),
     }  # fmt: skip
     assert table["min_seq_len"] == ["2048", FILE]
-    assert table["params.threshold"] == ["0.01", OPTION]
+    assert table["params.stop_interval"] == ["2", OPTION]
     assert table["params.budget"] == ["null", "default"]
     name, override, origin = re.split("  +", ended.out.splitlines()[-1])
     assert (name, origin) == (overrides[-1], FILE)

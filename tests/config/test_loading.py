@@ -177,8 +177,29 @@ def test_fields_override_one_by_one(given):
     config = load_config(SMOLLM2, {**given, "min_seq_len": 99})
     assert config.params == S2OParams(threshold=0.01, segment_len=256, stop_interval=1)
     assert (config.min_seq_len, config.min_query_len, config.matched) == (99, 128, "name")
-    kept = load_config(SMOLLM2).layer(9)
-    assert config.layer(9) == kept and kept.threshold != 0.01, "the file's overrides stay"
+    assert load_config(SMOLLM2).layer(9).threshold != 0.01, "the file has one for this layer"
+    assert {config.layer(i).threshold for i in range(30)} == {0.01}
+
+
+def test_a_threshold_is_all_layers_but_the_dense_ones(write):
+    """What a file has for single layers would otherwise leave next to nothing of it."""
+    layers = [
+        {"layers": 0, "threshold": "dense"}, {"layers": 1, "threshold": 0.2},
+        {"layers": "2-3", "heads": 1, "threshold": 0.3}, {"layers": 3, "heads": 0, "threshold": "dense"},
+    ]  # fmt: skip
+    path = write(yaml.safe_dump({"params": {"threshold": 0.1}, "layers": layers}))
+    config = load_config(OTHER, {"config": path, "threshold": 0.05, "layers": [{"layers": 2, "threshold": 0.4}]})
+    assert config.layer(0) is None
+    assert [config.layer(i).threshold for i in (1, 2)] == [0.05, 0.4]
+    assert config.layer(3).threshold == (0.0, *(0.05,) * 7)
+    assert (config.num_file_layers, config.origins["layers"]) == (2, f"{path}, {OPTION}")
+    assert "layers, params.threshold" in config.describe()[-1]
+
+
+@pytest.mark.parametrize("given", [{}, {"threshold": 0.1}], ids=json.dumps)
+def test_a_files_layers_are_checked_whether_they_count_or_not(write, given):
+    path = write(yaml.safe_dump({"layers": [{"layers": 0, "threshold": 0.1}, {"layers": 4, "threshold": 0.1}]}))
+    assert_names(refusal({"config": path, **given}), "my.yaml: the field 'layers.1.layers' cannot be 4", "0 to 3")
 
 
 def test_origins():
@@ -196,7 +217,7 @@ def test_origins():
     assert fields <= set(origins)
 
 
-@pytest.mark.parametrize("given", [{}, {"layers": []}, {"threshold": 0.1}], ids=json.dumps)
+@pytest.mark.parametrize("given", [{}, {"layers": []}, {"min_seq_len": 9}], ids=json.dumps)
 def test_the_files_layers_keep_their_origin(given):
     config = load_config(SMOLLM2, given)
     assert config.origins["layers"] == config.source

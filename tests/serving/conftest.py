@@ -56,8 +56,7 @@ def s2o(model, log_dir):
 def s2o_tau0(model, log_dir):
     """Nothing is ever skipped, on the sparse path all the same; prompts in chunks, for which no border may matter.
     By the backend's other name."""
-    # The model's file has thresholds by layer and head, over which those of the option must lie.
-    exact = {"threshold": 0, "layers": [{"layers": "0-29", "threshold": 0}], "min_seq_len": 512}
+    exact = {"threshold": 0, "min_seq_len": 512}
     args = ("--attention-backend", "S2O", "--additional-config", json.dumps({"s2o": exact}))
     with Server(model, log_dir / "s2o_tau0.log", (*PRECISION, *args, "--max-num-batched-tokens", "450")) as server:
         yield server
