@@ -89,7 +89,7 @@ LOAD = --shape tiny --config '{"min_seq_len": 1024, "budget": 0.25}' --server "$
 load: export VLLM_CPU_NUM_OF_RESERVED_CPU ?= 0
 endif
 
-load: $(SMOLLM2)/prepared.txt ## hundreds of requests at once: none may fail, and memory must not grow; ARGS=
+load: $(SMOLLM2)/prepared.txt ## a thousand requests, 32 at a time: none may fail, and memory must not grow; ARGS=
 	@unset PYTHONSAFEPATH
 	.venv/bin/python benchmarks/load.py $(SMOLLM2) --out benchmarks/results/load.csv $(LOAD) $(ARGS)
 

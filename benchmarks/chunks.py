@@ -4,12 +4,14 @@
     python benchmarks/chunks.py MODEL --out TABLE.csv [--tokens 8192] [--cuts 2048 2000 1000 500 4080+]
 
 A chunk that ends inside a segment leaves its queries there a ranking of their own, made from fewer of them. `1000` cuts
-after each 1,000 tokens; `4080+` once, after 4,080, as a cached prefix does. Each layer runs with what the model's
-config gives it; errors are against dense attention on the same inputs. Needs no GPU.
+after each 1,000 tokens; `4080+` once, after 4,080, as a cached prefix does. Each layer runs with the thresholds that
+the model's config gives it, in every chunk: that a server leaves short ones dense (`min_seq_len`, `min_query_len`) is
+not looked at. Errors are against dense attention on the same inputs. Needs no GPU.
 """
 
 import argparse
 import csv
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -19,7 +21,7 @@ import torch
 
 from vllm_s2o import S2OParams, prefill_attention
 from vllm_s2o.cli.environment import commit_name, describe
-from vllm_s2o.config import load_config
+from vllm_s2o.config import ConfigError, load_config
 from vllm_s2o.quality.capture import CaptureError, Layer, capture, dense_attention
 from vllm_s2o.quality.cost import paged
 
@@ -28,6 +30,7 @@ COLUMNS = (
     "density_vs_whole", "error_vs_whole", "worst_error_vs_whole",
 )  # fmt: skip
 WHOLE = "whole"
+CUTS = ("2048", "2000", "1000", "500", "4080+")
 
 
 def ends(cut: str, tokens: int) -> list[int]:
@@ -72,6 +75,13 @@ def measure(layer: Layer, params: S2OParams, cuts: list[str]) -> dict[str, Found
     return found
 
 
+def ratio(value: float, whole: float) -> float:
+    """1 where both are 0: where nothing is skipped."""
+    if value == whole:
+        return 1.0
+    return value / whole if whole else math.inf
+
+
 def rows(options: argparse.Namespace, text: str) -> list[dict]:
     captured = capture(options.model, options.tokens, options.layers, text, torch.device("cpu"))
     config = load_config(captured.traits)
@@ -83,15 +93,17 @@ def rows(options: argparse.Namespace, text: str) -> list[dict]:
             continue
         layers.append(measure(layer, params, cuts))
         print(f"{text}, layer {layer.index}: " + ", ".join(f"{c} {f.rel_error:.2e}" for c, f in layers[-1].items()))
+    if not layers:
+        sys.exit(f"chunks.py: {config.source} makes none of the layers of {captured.traits.name} sparse.")
     found = []
     for cut in cuts:
         density, error = (statistics.mean(layer[cut][i] for layer in layers) for i in (0, 1))
         whole_density, whole_error = (statistics.mean(layer[WHOLE][i] for layer in layers) for i in (0, 1))
-        worst = max(layer[cut].rel_error / layer[WHOLE].rel_error for layer in layers)
+        worst = max(ratio(layer[cut].rel_error, layer[WHOLE].rel_error) for layer in layers)
         found.append({
             "tokens": options.tokens, "text": text, "layers": len(layers), "cut": cut, "density": f"{density:.4f}",
             "rel_error": f"{error:.3e}", "density_vs_whole": f"{density / whole_density:.3f}",
-            "error_vs_whole": f"{error / whole_error:.3f}", "worst_error_vs_whole": f"{worst:.3f}",
+            "error_vs_whole": f"{ratio(error, whole_error):.3f}", "worst_error_vs_whole": f"{worst:.3f}",
         })  # fmt: skip
     return found
 
@@ -105,8 +117,10 @@ def parse() -> argparse.Namespace:
         "--layers", type=int, nargs="+", help="by default the first, the middle and the last sparse one"
     )
     parser.add_argument("--text", nargs="+", default=["code", "prose"], help="built-in texts or files")
-    parser.add_argument("--cuts", nargs="+", default=["2048", "2000", "1000", "500", "4080+"])
+    parser.add_argument("--cuts", nargs="+", help="by default 2048, 2000, 1000, 500 and 4080+, where they are shorter")
     options = parser.parse_args()
+    if options.cuts is None:
+        options.cuts = [cut for cut in CUTS if int(cut.removesuffix("+")) < options.tokens]
     for cut in options.cuts:
         number = cut.removesuffix("+")
         if not number.isdecimal() or not 0 < int(number) < options.tokens:
@@ -123,7 +137,7 @@ def main() -> None:
     }  # fmt: skip
     try:
         found = [shared | row for text in options.text for row in rows(options, text)]
-    except CaptureError as error:
+    except (CaptureError, ConfigError) as error:
         sys.exit(f"chunks.py: {error}")
     with options.out.open("w", newline="") as file:
         table = csv.DictWriter(file, COLUMNS, lineterminator="\n")

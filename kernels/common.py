@@ -22,9 +22,15 @@ FP8 = torch.float8_e4m3fn
 """What a quantised cache holds, and queries beside it."""
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The type that products take numbers of this type in: fp8 is widened, which is exact."""
-    return torch.bfloat16 if dtype == FP8 else dtype
+def short(device: torch.device) -> torch.dtype:
+    """bfloat16, for products in the tensor cores. On a CPU, where Triton's interpreter runs the kernels, it is float32:
+    the interpreter multiplies bfloat16 as the whole numbers of its bits."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def wide(tensor: torch.Tensor) -> torch.dtype:
+    """The type that products take a tensor's numbers in: fp8 is widened, which is exact."""
+    return short(tensor.device) if tensor.dtype == FP8 else tensor.dtype
 
 
 def dot_precision(tensor: torch.Tensor) -> str:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from . import naive
-from .common import block_dim, dot_precision, shared_memory, split_slot, wide
+from .common import block_dim, dot_precision, shared_memory, short, split_slot, wide
 from .tables import MAX_SCORED_TOGETHER, SORT_BLOCK, SPREAD_KEYS, table_words
 
 SCORE_KEYS = 128
@@ -309,7 +309,7 @@ def _guide(
 
 def score_options(query, together: int, shared: int) -> dict:
     """Tiles of the kernels that score keys, for segments that are scored `together` at most, within `shared` bytes."""
-    width = block_dim(query.shape[2]) * wide(query.dtype).itemsize
+    width = block_dim(query.shape[2]) * wide(query).itemsize
     segments = max(together, 16)
     return dict(
         SEGMENTS=segments, KEYS=SCORE_KEYS * SCORE_ROW // max(width, SCORE_ROW), PRECISION=dot_precision(query),
@@ -348,9 +348,9 @@ def rank_keys(
     begin_mean = pairs * num_blocks * num_classes
     begin_variance = begin_mean + pairs * head_size
     begin_spread = begin_variance + pairs * head_size
-    counts, mean = tables[:begin_mean], tables[begin_mean:begin_variance].view(wide(query.dtype))
+    counts, mean = tables[:begin_mean], tables[begin_mean:begin_variance].view(wide(query))
     # Squares of fp16 numbers do not fit fp16.
-    squares = torch.float32 if query.dtype == torch.float32 else torch.bfloat16
+    squares = torch.float32 if query.dtype == torch.float32 else short(query.device)
     variance = tables[begin_variance:begin_spread].view(squares)
     spread = tables[begin_spread:].view(torch.float32)
     dims = dict(D=head_size, BLOCK_D=block_dim(head_size))

@@ -39,15 +39,15 @@ def test_cuts(chunks, cut, expected):
 
 
 def test_a_cut_at_a_segments_end_changes_nothing(chunks, layer):
-    found = chunks.measure(layer, PARAMS, ["whole", "128", "100", "70+"])
+    found = chunks.measure(layer, PARAMS, ["whole", "128", "100", "350+"])
     assert found["128"] == pytest.approx(found["whole"])
     assert 0 < found["whole"].density < 1 and found["whole"].rel_error > 0
-    assert found["100"] != pytest.approx(found["whole"]) and found["70+"] != pytest.approx(found["whole"])
+    assert found["100"] != pytest.approx(found["whole"]) and found["350+"] != pytest.approx(found["whole"])
 
 
 def test_without_a_threshold_each_cut_is_dense(chunks, layer):
     exact = dense_attention(layer)
-    for cut in ("whole", "100", "70+"):
+    for cut in ("whole", "100", "350+"):
         out, density = chunks.attend(layer, PARAMS.model_copy(update={"threshold": 0.0}), chunks.ends(cut, 500))
         torch.testing.assert_close(out, exact, atol=1e-4, rtol=1e-3)
         assert density == 1

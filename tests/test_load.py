@@ -4,6 +4,8 @@ import argparse
 import asyncio
 import csv
 import importlib
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -11,7 +13,15 @@ import pytest
 from processes import ROOT
 
 OPTIONS = argparse.Namespace(
-    requests=400, tokens=(64, 7800), seed=0, leave=0.1, patience=10.0, concurrency=32, shape=None, model="models/own"
+    requests=400,
+    tokens=(64, 7800),
+    seed=0,
+    leave=0.1,
+    patience=10.0,
+    concurrency=32,
+    shape=None,
+    model="models/own",
+    config={},
 )
 
 
@@ -46,9 +56,9 @@ def test_requests_are_spread(load):
 class Client:
     """An API that answers in a way."""
 
-    def __init__(self, count: int, error: Exception | None = None, seconds: float = 0.0):
+    def __init__(self, count: int, error: Exception | None = None, seconds: float = 0.0, between: float = 0.0):
         self.completions = self
-        self.count, self.error, self.seconds = count, error, seconds
+        self.count, self.error, self.seconds, self.between = count, error, seconds, between
 
     async def create(self, **asked):
         if self.error is not None:
@@ -59,24 +69,27 @@ class Client:
         await asyncio.sleep(self.seconds)
         for _ in range(self.count):
             yield SimpleNamespace(choices=["text"], usage=None)
+            await asyncio.sleep(self.between)
         yield SimpleNamespace(choices=[], usage=SimpleNamespace(completion_tokens=self.count))
 
 
 @pytest.mark.parametrize(
-    "client, answered, left, failed",
+    "client, leaves, answered, left, failed",
     [
-        (Client(4), 1, 0, []),
-        (Client(3), 0, 0, ["3 of 4 tokens for a prompt of 2"]),
-        (Client(0), 0, 0, ["0 of 4 tokens for a prompt of 2"]),
-        (Client(4, ConnectionError("gone")), 0, 0, ["ConnectionError: gone"]),
-        (Client(4, seconds=30), 0, 1, []),
+        (Client(4), None, 1, 0, []),
+        (Client(3), None, 0, 0, ["3 of 4 tokens for a prompt of 2"]),
+        (Client(0), None, 0, 0, ["0 of 4 tokens for a prompt of 2"]),
+        (Client(4, ConnectionError("gone")), None, 0, 0, ["ConnectionError: gone"]),
+        (Client(4, TimeoutError("slow")), None, 0, 0, ["TimeoutError: slow"]),
+        (Client(4, seconds=30), 0.05, 0, 1, []),
+        (Client(4, between=30), 0.05, 0, 1, []),
     ],
-    ids=["whole", "cut off", "empty", "refused", "client leaves"],
+    ids=["whole", "cut off", "empty", "refused", "slow", "client leaves", "client leaves after a token"],
 )
-def test_what_came_of_a_request(load, client, answered, left, failed):
+def test_what_came_of_a_request(load, client, leaves, answered, left, failed):
     told = load.Told()
-    asyncio.run(load.one(client, "model", load.Request([1, 2], 4, 0.05 if client.seconds else None), told))
-    assert (len(told.ttft), told.left, told.failed) == (answered, left, failed)
+    asyncio.run(load.one(client, "model", 7, load.Request([1, 2], 4, leaves), told))
+    assert (list(told.ttft), told.left, told.failed) == ([7] * answered, left, failed)
 
 
 def test_memory_of_the_second_half(load):
@@ -92,6 +105,7 @@ def run(load, monkeypatch, tmp_path):
 
     class Server:
         log = ""
+        process = SimpleNamespace(poll=lambda: None)
 
         def __enter__(self):
             return self
@@ -107,14 +121,17 @@ def run(load, monkeypatch, tmp_path):
         monkeypatch.setattr(load, "send", send)
         monkeypatch.setattr(load, "serve", lambda *_: Server())
         monkeypatch.setattr(load, "emptied", lambda server: dict(held))
-        options = argparse.Namespace(**vars(OPTIONS) | {"model": str(tmp_path), "server": [], "config": {}})
-        return load.run("s2o", options, tmp_path)
+        options = argparse.Namespace(**vars(OPTIONS) | {"model": str(tmp_path), "server": []})
+        return load.run("s2o", options, tmp_path)[1:]
 
     return run
 
 
+FLAT = [1000.0] * 80
+
+
 def test_a_server_that_stays_as_it_was(load, run):
-    row, wrong = run(load.Told(ttft=[0.1, 0.2, 0.3], host=[1000.0] * 20))
+    row, wrong = run(load.Told(ttft={0: 0.1, 1: 0.2, 5: 0.3}, host=FLAT))
     assert wrong == []
     assert (row["answered"], row["failed"], row["host_mib_half"], row["host_mib_end"]) == (3, 0, 1000, 1000)
     assert row["device_mib_end"] is None
@@ -123,51 +140,93 @@ def test_a_server_that_stays_as_it_was(load, run):
 @pytest.mark.parametrize(
     "fields, held, said",
     [
-        (
-            {"failed": ["ConnectionError: gone", "another"]},
-            {},
-            "s2o: 2 requests failed, the first with ConnectionError",
-        ),
+        ({"failed": ["ConnectionError: gone", "other"]}, {}, "s2o: 2 requests failed, the first with ConnectionError"),
         ({"host": [1000.0] * 40 + [1030.0] * 40}, {}, None),
         ({"host": [1000.0] * 55 + [1030.0] * 25}, {}, "s2o: host memory grew from 1000 to 1030 MiB"),
         ({"device": [500.0] * 55 + [600.0] * 25}, {}, "s2o: device memory grew from 500 to 600 MiB"),
-        (
-            {},
-            {"vllm:kv_cache_usage_perc": 0.1},
-            "s2o: still in use after the last request: {'vllm:kv_cache_usage_perc'",
-        ),
+        ({"host": [1000.0] * 15}, {}, "s2o: 15 samples of host memory tell nothing"),
+        ({}, {"vllm:kv_cache_usage_perc": 0.1}, "s2o: still in use after the last request: {'vllm:kv_cache_usage_perc"),
     ],
-    ids=["failed", "grew before", "grew", "device", "blocks"],
+    ids=["failed", "grew before", "grew", "device", "no samples", "blocks"],
 )
 def test_what_is_wrong_is_said(load, run, fields, held, said):
-    _, wrong = run(load.Told(ttft=[0.1, 0.2], **fields), held)
+    _, wrong = run(load.Told(**{"ttft": {0: 0.1, 1: 0.2}, "host": FLAT} | fields), held)
     assert len(wrong) == (said is not None)
     assert said is None or wrong[0].startswith(said)
 
 
-def rows(load, device):
-    figures = {"answered": 9, "left": 1, "failed": 0, "density": 0.3, "host_mib_half": 1.0, "host_mib_end": 2.0}
+def test_what_ends_the_sampler_ends_the_run(load, monkeypatch):
+    """A run whose memory nobody saw has shown nothing of it."""
+
+    def broken(server):
+        raise OSError("no such process")
+
+    async def one(client, name, number, request, told):
+        await asyncio.sleep(0.05)
+
+    monkeypatch.setattr(load, "host_mib", broken)
+    monkeypatch.setattr(load, "one", one)
+    server = SimpleNamespace(client=SimpleNamespace(base_url="http://127.0.0.1:9/v1"), name="model")
+    with pytest.raises(OSError, match="no such process"):
+        asyncio.run(load.send(server, [load.Request([1], 1, None)], 1))
+
+
+def test_memory_is_that_of_all_processes(load):
+    """This one and one that it starts."""
+    alone = load.host_mib(SimpleNamespace(process=SimpleNamespace(pid=os.getpid())))
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        both = load.host_mib(SimpleNamespace(process=SimpleNamespace(pid=os.getpid())))
+    finally:
+        child.communicate(b"\n")
+    assert both > alone > 100
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--requests", "0"], "argument --requests: '0' is not a whole number above 0"),
+        (["--concurrency", "x"], "argument --concurrency: 'x' is not a whole number above 0"),
+        (["--config", "[1]"], "argument --config: '[1]' is no JSON object of S2O's fields"),
+        (["--tokens", "9", "8"], "argument --tokens: MIN and MAX must ascend, up to 8, not 9 8"),
+        (["--shape", "tiny", "--tokens", "9", "8190"], "must ascend, up to 8160, not 9 8190"),
+        ([], "model/config.json does not tell the size of the vocabulary"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(load, monkeypatch, capsys, tmp_path, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["load.py", "model", "--out", "x.csv", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        load.main()
+    assert said in capsys.readouterr().err + str(ended.value)
+    assert not (tmp_path / "x.csv").exists()
+
+
+def done(load, device):
+    """Of three requests one was not answered by dense attention, and another one not by S2O."""
+    figures = {"answered": 2, "left": 1, "failed": 0, "density": 0.3, "host_mib_half": 1.0, "host_mib_end": 2.0}
+    times = {"dense": {0: 0.2, 1: 0.2, 2: 9.0, 3: 0.2}, "s2o": {0: 0.1, 1: 0.1, 3: 0.1, 4: 7.0}}
     return [
-        {"backend": name, **figures, "ttft": dict.fromkeys(load.PERCENTILES, ms), "device_mib_half": device,
-         "device_mib_end": device}
-        for name, ms in (("dense", 200.0), ("s2o", 100.0))
-    ]  # fmt: skip
+        (load.Told(ttft=times[name], device=device), {"backend": name, **figures, "device_mib_end": None})
+        for name in load.BACKENDS
+    ]
 
 
-@pytest.mark.parametrize("device, ms", [(None, None), (900.0, "100.0")], ids=["CPU", "GPU"])
-def test_times_of_a_cpu_are_ratios(load, device, ms):
-    _, s2o = load.table(rows(load, device), OPTIONS)
-    assert s2o["ttft_p50_vs_dense"] == "0.500" and s2o.get("ttft_ms_p50") == ms
+@pytest.mark.parametrize("device, ms", [([], None), ([900.0], "100.0")], ids=["CPU", "GPU"])
+def test_times_are_those_of_requests_that_both_answered(load, device, ms):
+    """On a CPU their ratio alone."""
+    _, s2o = load.table(done(load, device), OPTIONS)
+    assert {s2o[f"ttft_p{p}_vs_dense"] for p in load.PERCENTILES} == {"0.500"}
+    assert s2o.get("ttft_ms_p99") == ms
     assert s2o["model"] == "own" and s2o["host_mib_end"] == "2"
 
 
 def test_rows_of_other_loads_stay(load, tmp_path):
     path = tmp_path / "load.csv"
-    load.write(path, load.table(rows(load, None), OPTIONS))
-    load.write(path, load.table(rows(load, None), argparse.Namespace(**vars(OPTIONS) | {"requests": 7})))
-    load.write(path, load.table(rows(load, None), OPTIONS))
+    for changes in ({}, {"requests": 7}, {"config": {"budget": 0.1}}, {}):
+        load.write(path, load.table(done(load, []), argparse.Namespace(**vars(OPTIONS) | changes)))
     held = list(csv.DictReader(path.open(newline="")))
-    assert [(row["requests"], row["backend"]) for row in held] == [
-        ("7", "dense"), ("7", "s2o"), ("400", "dense"), ("400", "s2o"),
+    assert [(row["requests"], row["config"]) for row in held[::2]] == [
+        ("7", "{}"), ("400", '{"budget": 0.1}'), ("400", "{}"),
     ]  # fmt: skip
-    assert list(held[0]) == list(load.COLUMNS)
+    assert {row["backend"] for row in held[::2]} == {"dense"} and list(held[0]) == list(load.COLUMNS)

@@ -146,17 +146,20 @@ class S2OMetadataBuilder(DENSE_BUILDER):
         )
 
     def _introduce(self, dense: dict[str, list[str]], every: list[Any]) -> None:
-        """`dense`: why layers of this group are; `every`: layers of all groups, each of which has a builder."""
+        """`dense`: why layers of this group are; `every`: layers of all groups. The last builder counts them."""
         if self.s2o_layers:  # none where a draft has a builder of its own
             for line in self.s2o.describe(self.s2o_min_query):
                 say_once(line)
             spec, dtype = self.kv_cache_spec, self.vllm_config.model_config.dtype
             cache = caches.kernel_dtypes(self.s2o_layers[0].impl)[1]
             path = attention.describe(self.device, dtype, spec.num_kv_heads, spec.head_size, self.s2o.params, cache)
-            own = [layer for layer in every if not compat.is_draft_layer(layer.impl, layer)]
-            if all(layer.impl.s2o_settled for layer in own):
-                sparse = sum(layer.impl.s2o_params is not None for layer in own)
-                line = f"{sparse} of {len(own)} attention layers take {path} for long prefills"
+            for layer in self.s2o_layers:
+                layer.impl.s2o_path = path
+            own = [layer.impl for layer in every if not compat.is_draft_layer(layer.impl, layer)]
+            if all(impl.s2o_path is not None for impl in own):
+                sparse = [impl for impl in own if impl.s2o_params is not None]
+                paths = " and ".join(dict.fromkeys(impl.s2o_path for impl in sparse or own))
+                line = f"{len(sparse)} of {len(own)} attention layers take {paths} for long prefills"
                 say_once(line, logging.INFO if sparse else logging.WARNING)
             server = place.here()
             switch = f"; off and on again: vllm-s2o switch off --server {server.pid}" if server else ""
@@ -282,8 +285,8 @@ class S2OImpl(DENSE_IMPL):
 
     s2o_params: S2OParams | None = None
     """What this layer runs with; None: it stays dense. Known once the metadata builder has seen the layer."""
-    s2o_settled = False
-    """Whether it has."""
+    s2o_path: str | None = None
+    """What computes it where it is sparse, for the log; known then, too."""
     s2o_draft: bool
     """Whether this was made for a draft model; `compat.is_draft_layer` asks vLLM's mark too."""
 
@@ -308,7 +311,7 @@ class S2OImpl(DENSE_IMPL):
 
     def settle(self, layer, config: ResolvedConfig, problem: str | None = None) -> str | None:
         """Choose this layer's path. Returns the reason when it stays dense; `problem` is one that all layers have."""
-        self.s2o_params, self.s2o_settled = None, True
+        self.s2o_params = None
         reason = problem or compat.layer_problem(self, layer)
         if reason is not None:
             return reason

@@ -47,6 +47,8 @@ class ResolvedConfig:
     """What named the file, where none was looked for."""
     num_file_layers: int = 0
     """How many of `file.layers` come from the file: the first ones. The others are the user's."""
+    num_replaced: int = 0
+    """How many of the file's are left out, because the user gave a threshold for all layers."""
 
     @property
     def params(self) -> S2OParams:
@@ -115,6 +117,9 @@ class ResolvedConfig:
         overridden = sorted(name for name, origin in self.origins.items() if ADDITIONAL in origin)
         if overridden:
             lines.append(f"overridden by {ADDITIONAL}: {', '.join(overridden)}")
+        if self.num_replaced:
+            count = f"{self.num_replaced} threshold{'s' if self.num_replaced > 1 else ''}"
+            lines.append(f"params.threshold of {ADDITIONAL} replaces {count} of single layers in {self.source}")
         return lines
 
     def no_effect(self, max_model_len: int) -> str | None:
@@ -193,7 +198,7 @@ def _load(traits: ModelTraits, additional: Any, env: str | None, directory: Path
     _check_layers(file, traits, source)
     origins = dict.fromkeys(_dotted(ConfigFile().model_dump()), "default")
     origins |= dict.fromkeys(_dotted(fields), source)
-    from_file = len(file.layers)
+    from_file, replaced = len(file.layers), 0
     if overrides:
         validate(Settings, overrides, ADDITIONAL, partial=True)
         origins |= dict.fromkeys(_dotted(overrides), ADDITIONAL)
@@ -202,15 +207,14 @@ def _load(traits: ModelTraits, additional: Any, env: str | None, directory: Path
         if "threshold" in overrides.get("params", {}):
             # It is meant for all layers, and those that the file has for single ones would lie over it.
             kept = [override for override in given if override["threshold"] == "dense"]
-        from_file = len(kept)
+        from_file, replaced = len(kept), len(given) - len(kept)
         merged["layers"] = [*kept, *overrides.get("layers", [])]
         if given:
-            replaced = len(kept) < len(given) or overrides.get("layers")
-            origins["layers"] = f"{source}, {ADDITIONAL}" if replaced else source
+            origins["layers"] = f"{source}, {ADDITIONAL}" if replaced or overrides.get("layers") else source
         file = validate(ConfigFile, merged, f"{source} with {ADDITIONAL}")
         _refuse_unused_thresholds(overrides, file, ADDITIONAL)
         _check_layers(file, traits, ADDITIONAL, from_file)
-    resolved = ResolvedConfig(file, traits, source, matched, origins, named_by, from_file)
+    resolved = ResolvedConfig(file, traits, source, matched, origins, named_by, from_file, replaced)
     _check_heads(resolved)
     return resolved
 

@@ -71,7 +71,7 @@ class Model:
 
     @property
     def is_encoder_decoder(self) -> bool:
-        return bool(getattr(self.hf_config, "is_encoder_decoder", False))
+        return any(getattr(part, "is_encoder_decoder", False) for part in (self.hf_config, self.hf_text_config))
 
 
 def read(name: str) -> Model:

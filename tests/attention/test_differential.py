@@ -78,10 +78,10 @@ def class_coordinates(case, segment, kv_head, params) -> tuple[torch.Tensor, tor
     keys = case.key_cache[case.block_table[segment.seq, positions // page].long(), positions % page, kv_head].double()
     mean, variance = queries.mean(0), queries.var(0, correction=0)
     scores = keys @ mean + naive.DEVIATIONS * (keys.square() @ variance).sqrt()
-    # The kernels keep mean, variance and squares in the case's type, or in bfloat16.
+    # The kernels keep the mean in the case's type, and variance and squares in bfloat16; in the interpreter in fp32.
     off = unit(torch.float32) * 4 * math.sqrt(keys.shape[1])
     spread = (keys.square() @ variance).sqrt()
-    squares = off if case.query.dtype == torch.float32 else off + 2 * unit(torch.bfloat16)
+    squares = off if case.query.dtype == torch.float32 or not CUDA else off + 2 * unit(torch.bfloat16)
     product = off if case.query.dtype == torch.float32 else off + 2 * unit(case.query.dtype)
     # A variance is a difference of squares around one of the queries.
     apart = (queries - queries[0]).square().mean(0)

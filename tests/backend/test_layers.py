@@ -4,7 +4,6 @@ import pytest
 import tiny
 import torch
 from batch import ALL_DENSE, DENSE, EXACT, SHORT, Batch
-from vllm.config import ParallelConfig
 from vllm.platforms import current_platform
 
 from vllm_s2o import backend, compat
@@ -30,7 +29,7 @@ def test_layers_that_must_stay_dense_do(start, finished, told):
 
 
 def test_halves_of_a_step_that_run_in_turn_are_dense(start, finished, told, monkeypatch):
-    monkeypatch.setattr(ParallelConfig, "use_ubatching", True)
+    monkeypatch.setattr(compat, "engine_problem", lambda config: "dual-batch overlap")
     sparse = start()
     assert not hasattr(sparse.builder.build(0, Batch(sparse.layers[0]).common), "s2o")
     assert "s2o: 0 of 1 attention layers take the CPU path for long prefills" in told

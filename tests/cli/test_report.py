@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import struct
 
 import calibration_case
 import pytest
@@ -46,6 +47,18 @@ def self_contained(page: str) -> list:
     (policy,) = [e for e in named(found, "meta") if e.attributes.get("http-equiv") == "Content-Security-Policy"]
     assert policy.attributes["content"].startswith("default-src 'none'; ")
     return found
+
+
+def test_a_picture_for_a_text(command, checkpoint, tmp_path):
+    pytest.importorskip("matplotlib")
+    given = ["report", checkpoint, "--text", "code", "--tokens", str(TOKENS), *OPTION, "--picture", "maps.png"]
+    ended = command(*given, "--out", "page.html")
+    assert ended.status == 0
+    assert re.fullmatch(r"Written: maps\.png, \d+ KiB\.", ended.out.splitlines()[-1])
+    width, height = struct.unpack(">II", (tmp_path / "maps.png").read_bytes()[16:24])
+    assert width > height > 400
+    again = command(*given, "--out", "other.html")
+    assert again.status == 2 and "maps.png is there already" in again.err
 
 
 def test_a_prompt_and_results_on_one_page(command, checkpoint, results, tmp_path):

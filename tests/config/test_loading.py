@@ -193,7 +193,10 @@ def test_a_threshold_is_all_layers_but_the_dense_ones(write):
     assert [config.layer(i).threshold for i in (1, 2)] == [0.05, 0.4]
     assert config.layer(3).threshold == (0.0, *(0.05,) * 7)
     assert (config.num_file_layers, config.origins["layers"]) == (2, f"{path}, {OPTION}")
-    assert "layers, params.threshold" in config.describe()[-1]
+    assert config.describe()[-2:] == [
+        f"overridden by {OPTION}: layers, params.threshold",
+        f"params.threshold of {OPTION} replaces 2 thresholds of single layers in {path}",
+    ]
 
 
 @pytest.mark.parametrize("given", [{}, {"threshold": 0.1}], ids=json.dumps)

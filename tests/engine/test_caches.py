@@ -9,9 +9,9 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm_s2o import backend
 
 SPARSE = {**CONFIG, "segment_len": 256, "threshold": 0.15}
-PREFIX, SUFFIX = tokens(1200, 1), tokens(500, 2)
-"""Whole blocks of the prefix are kept: 9 of 128 tokens, which end inside a segment of 256."""
 KEPT = 1152
+"""Tokens of 9 blocks, which are kept whole; they end inside a segment of 256."""
+PREFIX, SUFFIX = tokens(KEPT, 1), tokens(500, 2)
 
 
 def blocks_in_use(llm) -> int:
@@ -21,35 +21,41 @@ def blocks_in_use(llm) -> int:
 
 @pytest.mark.parametrize("s2o", [EXACT, SPARSE], ids=["exact", "sparse"])
 def test_a_cached_prefix(llama, witness, s2o):
-    """A new suffix on a cached prefix is what a cold run of the same cuts computes, and near one of a single cut."""
+    """A new suffix on a cached prefix is what a cold run of the same cuts computes, and errs as a run at once does."""
     question = PREFIX + SUFFIX
     with engines.engine(llama, s2o, enable_prefix_caching=True) as llm:
         (cold,) = ask(llm, [question], prompt_logprobs=None)
         at_once = witness.take()
         assert llm.reset_prefix_cache()
         ask(llm, [PREFIX], generated=1, prompt_logprobs=None)
-        before = witness.take()
+        witness.take()
         (warm,) = ask(llm, [question], prompt_logprobs=None)
         after = witness.take()
     assert (cold.num_cached_tokens, warm.num_cached_tokens) == (0, KEPT)
     assert {(row.query_len, row.seq_len) for row in after.rows} == {(len(question) - KEPT, len(question))}
+    with engines.engine(llama, s2o, max_num_batched_tokens=KEPT) as llm:
+        (cut,) = ask(llm, [question], prompt_logprobs=None)
+        cuts = witness.take()
+    torch.testing.assert_close(of_answer(warm), of_answer(cut), atol=TOLERANCE, rtol=0)
+    assert [row.query_len for row in cuts.rows] == [KEPT] * 3 + [len(question) - KEPT] * 3
+    assert [row.visited for row in cuts.rows[3:]] == [row.visited for row in after.rows]
     if s2o is EXACT:
         torch.testing.assert_close(of_answer(warm), of_answer(cold), atol=TOLERANCE, rtol=0)
         assert at_once.density == after.density == 1
-        return
-    assert at_once.density < 0.9
-    whole = engines.Seen(before.rows + after.rows, [])
-    assert whole.rel_error <= 1.25 * at_once.rel_error
+    else:
+        assert at_once.density < 0.9
+        assert cuts.rel_error <= 1.25 * at_once.rel_error
 
 
-def test_another_config_uses_no_prefix_of_this_one(llama, witness):
-    """A request that asks to run dense computes its prompt, and leaves nothing for sparse ones."""
+def test_a_dense_request_shares_no_prefix(llama, witness):
+    """It computes its prompt, and leaves nothing for sparse ones."""
+    prompt = PREFIX + SUFFIX[:1]
     with engines.engine(llama, SPARSE, enable_prefix_caching=True) as llm:
-        ask(llm, [PREFIX], generated=1, prompt_logprobs=None)
+        ask(llm, [prompt], generated=1, prompt_logprobs=None)
         witness.take()
-        (dense,) = ask(llm, [PREFIX], generated=1, prompt_logprobs=None, extra_args={"s2o": "dense"})
+        (dense,) = ask(llm, [prompt], generated=1, prompt_logprobs=None, extra_args={"s2o": "dense"})
         assert (dense.num_cached_tokens, witness.take().rows) == (0, [])
-        (again,) = ask(llm, [PREFIX], generated=1, prompt_logprobs=None)
+        (again,) = ask(llm, [prompt], generated=1, prompt_logprobs=None)
         assert again.num_cached_tokens == KEPT
 
 
@@ -100,6 +106,7 @@ def test_requests_aborted_in_mid_prefill(llama, witness):
         for _ in range(2):
             running.step()
         assert witness.take().batches[-1].seq_lens == [1024]
+        assert [name for name in backend.prompts._all if name.startswith("going")]
         running.abort_request(["going"])
         ended = []
         while running.has_unfinished_requests():

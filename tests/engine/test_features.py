@@ -52,7 +52,9 @@ def test_drafted_tokens_are_verified_dense(llama, witness):
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
     with engines.engine(llama, None) as llm:
         expected = ask(llm, prompts, generated=24, prompt_logprobs=None)
-    with engines.engine(llama, EXACT, speculative_config=drafts, disable_log_stats=False) as llm:
+    # The config would have rows of a single query sparse.
+    asked = {**EXACT, "min_query_len": 1}
+    with engines.engine(llama, asked, speculative_config=drafts, disable_log_stats=False) as llm:
         got = ask(llm, prompts, generated=24, prompt_logprobs=None)
         figures = {metric.name: metric for metric in llm.get_metrics()}
     assert figures["vllm:spec_decode_num_draft_tokens"].value > 0, "nothing was drafted"

@@ -3,7 +3,7 @@
 import engines
 import pytest
 import torch
-from engines import EXACT, TOLERANCE, ask, of_answer, of_prompt, tokens
+from engines import CONFIG, EXACT, TOLERANCE, ask, of_answer, of_prompt, tokens
 
 PROMPTS = [tokens(700, 1), tokens(300, 2)]
 WINDOW = 128
@@ -42,9 +42,9 @@ REASONS = {
 @pytest.mark.parametrize("kind", MODELS)
 def test_models(kind, tmp_path, witness, told):
     model = engines.checkpoint(tmp_path / "model", kind, **MODELS[kind])
-    with engines.engine(model, None) as llm:
-        expected = ask(llm, PROMPTS)
     with engines.engine(model, EXACT, max_num_batched_tokens=450) as llm:
+        expected = ask(llm, PROMPTS, extra_args={"s2o": "dense"})
+        assert not witness.take().rows
         got = ask(llm, PROMPTS)
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(of_prompt(ours), of_prompt(theirs), atol=TOLERANCE, rtol=0)
@@ -59,3 +59,7 @@ def test_models(kind, tmp_path, witness, told):
     assert seen.density == 1
     prefills = sum(len(step.sparse) for step in seen.batches)
     assert len(seen.rows) == sparse * prefills
+
+    with engines.engine(model, {**CONFIG, "budget": 0.25}) as llm:
+        ask(llm, PROMPTS)
+    assert witness.take().density < 0.5

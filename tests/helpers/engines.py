@@ -25,7 +25,7 @@ EXACT = {**CONFIG, "threshold": 0.0}
 TOLERANCE = 2e-3
 """Of log-probabilities in fp32, between two ways to compute the same."""
 
-# One process, whose threads vLLM would otherwise bind to cores for good; caches of a quarter of a GiB.
+# One process, whose threads vLLM would otherwise bind to cores for good; caches of one GiB.
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_PLUGINS": "s2o",

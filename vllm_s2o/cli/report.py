@@ -1,6 +1,7 @@
 """`vllm-s2o report`: a page that shows what S2O does to a prompt, or what was measured."""
 
 import datetime
+import importlib.util
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 TOKENS = 8192
 """Of a text that has no end of its own."""
 
-FOR_A_MODEL = ("prompt", "text", "layer", "head", "tokens", "file", "additional")
+FOR_A_MODEL = ("prompt", "text", "layer", "head", "tokens", "file", "additional", "picture")
 """Options that say nothing without MODEL."""
 
 
@@ -39,12 +40,13 @@ FOR_A_MODEL = ("prompt", "text", "layer", "head", "tokens", "file", "additional"
 @click.option(
     "--results", "directory", type=click.Path(path_type=Path), metavar="DIR", help="Tables, as in benchmarks/results."
 )
-@click.option("--force", is_flag=True, help="Replace the file that --out names.")
+@click.option("--picture", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="The maps as a PNG.")
+@click.option("--force", is_flag=True, help="Replace the files that --out and --picture name.")
 @as_json
 @click.pass_context
 def report(
-    context: click.Context, model: str | None, out: Path, directory: Path | None, force: bool, as_json: bool,
-    **given: Any,
+    context: click.Context, model: str | None, out: Path, directory: Path | None, picture: Path | None, force: bool,
+    as_json: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Write a page of one file: what S2O does to a prompt of MODEL, what was measured, or both.
 
@@ -56,7 +58,7 @@ def report(
     Example:
       vllm-s2o report .models/SmolLM2-135M-Instruct --text code --tokens 2048 --out report.html
     """
-    _check(context, model, out, directory, force, given)
+    _check(context, model, out, directory, force, given | {"picture": picture})
     try:
         found = None if directory is None else results.read(directory)
     except results.ResultsError as error:
@@ -67,6 +69,12 @@ def report(
         from vllm_s2o.report.prompt import section
 
         sections.append(section(prompt))
+        if picture is not None:
+            from vllm_s2o.report import plot
+
+            whose = f"{Path(prompt.model).resolve().name}, layer {prompt.layer}, head {prompt.head}"
+            title = f"{whose}: {prompt.num_tokens:,} tokens of {Path(prompt.text).name}"
+            plot.draw(prompt.maps, title, picture)
     if found is not None:
         sections.append(bench.section(found))
     title = "S2O: " + " and ".join(
@@ -74,14 +82,16 @@ def report(
     )
     page.write(out, page.page(title, sections, _made()))
     if as_json:
-        print_json(_document(out, prompt, found))
+        print_json(_document(out, picture, prompt, found))
         return
     if prompt is not None:
         for line in _lines(prompt):
             click.echo(line)
     if found is not None and found.missing:
         click.echo(f"Not in {directory}, and so not shown: {', '.join(found.missing)}.")
-    click.echo(f"Written: {out}, {out.stat().st_size / 1024:,.0f} KiB.")
+    for path in (out, picture):
+        if path is not None:
+            click.echo(f"Written: {path}, {path.stat().st_size / 1024:,.0f} KiB.")
 
 
 def _check(
@@ -98,10 +108,13 @@ def _check(
         raise click.UsageError("--prompt and --text cannot be given together.")
     if given["file"] is not None and settings.part_of(given["additional"]) is not None:
         raise click.UsageError("--config and --additional-config cannot be given together.")
-    if out.exists() and not force:
-        raise click.UsageError(f"{out} is there already: name another file, or add --force.")
-    if not os.access(out.absolute().parent, os.W_OK):
-        raise click.UsageError(f"{out} cannot be written: there is no directory {out.parent} to write into.")
+    if given["picture"] is not None and importlib.util.find_spec("matplotlib") is None:
+        raise click.UsageError("--picture needs matplotlib: pip install matplotlib.")
+    for path in filter(None, (out, given["picture"])):
+        if path.exists() and not force:
+            raise click.UsageError(f"{path} is there already: name another file, or add --force.")
+        if not os.access(path.absolute().parent, os.W_OK):
+            raise click.UsageError(f"{path} cannot be written: there is no directory {path.parent} to write into.")
 
 
 def _run(
@@ -155,9 +168,11 @@ def _lines(prompt: "Prompt") -> list[str]:
     ]
 
 
-def _document(out: Path, prompt: "Prompt | None", found: results.Results | None) -> dict[str, Any]:
+def _document(
+    out: Path, picture: Path | None, prompt: "Prompt | None", found: results.Results | None
+) -> dict[str, Any]:
     """What the page is made of."""
-    document: dict[str, Any] = {"file": str(out), "prompt": None, "results": None}
+    document: dict[str, Any] = {"file": str(out), "picture": picture and str(picture), "prompt": None, "results": None}
     if prompt is not None:
         document["prompt"] = {
             "model": prompt.model, "text": prompt.text, "tokens": prompt.num_tokens, "rope_factor": prompt.rope_factor,

@@ -6,6 +6,9 @@ LIGHT = ramp(("#edf1f6", "#9cc2df", "#3f80b8", "#143c6e", "#060f22"))
 DARK = ramp(("#20252e", "#24507f", "#3f8fc7", "#a6dbef", "#ffffff"))
 """Shades of a map, from little to much attention: on either page little is near the page's own colour."""
 
+DRAWN_LINE = "#d4410b"
+"""Where tiles stop, on a light page."""
+
 LOOKS = 10
 """Colours that series have; their marks repeat sooner."""
 
@@ -24,7 +27,7 @@ def _colours(values: tuple[str, ...], **named: str) -> str:
 
 _IN_LIGHT = _colours(
     _LIGHT, paper="#ffffff", ink="#1b1f24", soft="#57606a", rule="#d8dde3", faint="#e9ecf0", fill="#143c6e",
-    line="#d4410b", middle="var(--ink)",
+    line=DRAWN_LINE, middle="var(--ink)",
 )  # fmt: skip
 _IN_DARK = _colours(
     _DARK, paper="#14171b", ink="#e8eaed", soft="#a9b1bb", rule="#3a4048", faint="#2a2f36", fill="#a6dbef",
