@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_s2o import S2OParams, prefill_attention
+from vllm_s2o import S2OParams
 from vllm_s2o.cli.environment import commit_name, describe
 from vllm_s2o.config import ConfigError, load_config
 from vllm_s2o.quality.capture import CaptureError, Layer, capture, dense_attention
-from vllm_s2o.quality.cost import paged
+from vllm_s2o.quality.cost import sparse_attention
 
 COLUMNS = (
     "gpu", "torch", "date", "commit", "model", "tokens", "text", "layers", "cut", "density", "rel_error",
@@ -42,24 +42,6 @@ def ends(cut: str, tokens: int) -> list[int]:
     return [*range(int(cut), tokens, int(cut)), tokens]
 
 
-def attend(layer: Layer, params: S2OParams, cuts: list[int]) -> tuple[torch.Tensor, float]:
-    """Each chunk is a sequence that ends where it does, and all have the same pages.
-
-    Returns:
-        [num_tokens, num_heads, head_size], and visited / causal pairs of the whole prompt.
-    """
-    key, value = paged(layer.key), paged(layer.value)
-    pages = torch.arange(len(key), dtype=torch.int32)
-    out, stats = prefill_attention(
-        layer.query, key, value,
-        block_table=pages.expand(len(cuts), -1).contiguous(),
-        query_start_loc=torch.tensor([0, *cuts], dtype=torch.int32),
-        seq_lens=torch.tensor(cuts, dtype=torch.int32),
-        scale=layer.scale, params=params, return_stats=True,
-    )  # fmt: skip
-    return out, (stats.visited_pairs.sum() / stats.causal_pairs.sum()).item()
-
-
 class Found(NamedTuple):
     density: float
     rel_error: float
@@ -70,7 +52,7 @@ def measure(layer: Layer, params: S2OParams, cuts: list[str]) -> dict[str, Found
     power = exact.square().mean()
     found = {}
     for cut in cuts:
-        out, density = attend(layer, params, ends(cut, len(layer.query)))
+        out, density = sparse_attention(layer, params, ends(cut, len(layer.query)))
         found[cut] = Found(density, ((out - exact).square().mean() / power).item())
     return found
 

@@ -17,9 +17,9 @@ import argparse
 import asyncio
 import contextlib
 import csv
+import io
 import json
 import math
-import os
 import random
 import shlex
 import statistics
@@ -27,11 +27,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from servers import FLAG, SHAPES, density, model_and_args, serve
+from record import replace
+from servers import FLAG, SHAPES, density, model_and_args, serve, whole
 
 from vllm_s2o.cli.environment import commit_name, describe
 from vllm_s2o.cli.server import Server, ServerError
@@ -162,8 +164,6 @@ async def send(server: Server, asked: list[Request], concurrency: int) -> Told:
 
 def gauges(server: Server) -> dict[str, float]:
     """Requests that run or wait, and the share of the caches in use."""
-    import urllib.request
-
     from prometheus_client.parser import text_string_to_metric_families
 
     names = {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"}
@@ -273,12 +273,6 @@ def fields(text: str) -> dict[str, Any]:
     return found
 
 
-def whole(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
-    return int(text)
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a model's directory")
@@ -307,12 +301,11 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     mine = {tuple(str(row.get(name)) for name in same) for row in rows}
     held = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
     kept = [row for row in held if tuple(row.get(name, "") for name in same) not in mine]
-    part = path.with_name(path.name + ".part")
-    with part.open("w", newline="") as file:
-        out = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
-        out.writeheader()
-        out.writerows([*kept, *rows])
-    os.replace(part, path)
+    text = io.StringIO()
+    out = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
+    out.writeheader()
+    out.writerows([*kept, *rows])
+    replace(path, text.getvalue())
 
 
 def main() -> None:

@@ -79,13 +79,13 @@ class Record:
         self.write()
 
     def write(self) -> None:
-        _replace(self.out, json.dumps(self.result, indent=1) + "\n")
+        replace(self.out, json.dumps(self.result, indent=1) + "\n")
         if self.table:
             text = io.StringIO()
             table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
             table.writeheader()
             table.writerows(self.rows())
-            _replace(self.table, text.getvalue())
+            replace(self.table, text.getvalue())
 
     def rows(self) -> list[dict[str, Any]]:
         """One per run, what was measured alike side by side."""
@@ -136,7 +136,7 @@ def _flat(held: dict[str, Any]) -> dict[str, Any]:
     return {**held["environment"], **{name: held[name] for name in held.keys() - {"environment", "providers"}}}
 
 
-def _replace(path: Path, text: str) -> None:
+def replace(path: Path, text: str) -> None:
     """Write a file that is never there by half, wherever the program ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")

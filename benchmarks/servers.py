@@ -1,5 +1,6 @@
 """What the benchmarks of whole servers share: their flags, models without weights, and what a log tells."""
 
+import argparse
 import json
 import re
 import shutil
@@ -20,6 +21,13 @@ PROVIDERS = {
 }
 CPU = {"VLLM_CPU_KVCACHE_SPACE": "2"}
 START_SECONDS = 400
+
+
+def whole(text: str) -> int:
+    """For argparse."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
+    return int(text)
 
 
 def serve(model: str, log: Path, args: list[str]) -> Server:

@@ -38,18 +38,12 @@ from latency import ALSO, latency
 from needles import needles
 from offline import offline
 from record import Record
-from servers import PROVIDERS, SHAPES
+from servers import PROVIDERS, SHAPES, whole
 
 from vllm_s2o.cli.environment import describe
 
 TOKENS = 32768
 STARTS = "Each length and provider is an engine's start of its own, which takes minutes for a large model."
-
-
-def whole(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
-    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:

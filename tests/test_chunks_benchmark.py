@@ -2,26 +2,18 @@
 
 import argparse
 import csv
-import importlib
 import sys
 
 import causal_lm
 import pytest
 import torch
-from processes import ROOT
+from bench_modules import chunks
 
 from vllm_s2o import S2OParams
 from vllm_s2o.quality.capture import attention_inputs, dense_attention
+from vllm_s2o.quality.cost import sparse_attention
 
 PARAMS = S2OParams(threshold=0.1, segment_len=64, tile_size=32, key_block=16)
-
-
-@pytest.fixture
-def chunks(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    monkeypatch.delitem(sys.modules, "chunks", raising=False)
-    yield importlib.import_module("chunks")
-    sys.modules.pop("chunks", None)
 
 
 @pytest.fixture(scope="module")
@@ -34,26 +26,26 @@ def layer():
     "cut, expected",
     [("whole", [500]), ("200", [200, 400, 500]), ("250", [250, 500]), ("130+", [130, 500])],
 )
-def test_cuts(chunks, cut, expected):
+def test_cuts(cut, expected):
     assert chunks.ends(cut, 500) == expected
 
 
-def test_a_cut_at_a_segments_end_changes_nothing(chunks, layer):
+def test_a_cut_at_a_segments_end_changes_nothing(layer):
     found = chunks.measure(layer, PARAMS, ["whole", "128", "100", "350+"])
     assert found["128"] == pytest.approx(found["whole"])
     assert 0 < found["whole"].density < 1 and found["whole"].rel_error > 0
     assert found["100"] != pytest.approx(found["whole"]) and found["350+"] != pytest.approx(found["whole"])
 
 
-def test_without_a_threshold_each_cut_is_dense(chunks, layer):
+def test_without_a_threshold_each_cut_is_dense(layer):
     exact = dense_attention(layer)
     for cut in ("whole", "100", "350+"):
-        out, density = chunks.attend(layer, PARAMS.model_copy(update={"threshold": 0.0}), chunks.ends(cut, 500))
+        out, density = sparse_attention(layer, PARAMS.model_copy(update={"threshold": 0.0}), chunks.ends(cut, 500))
         torch.testing.assert_close(out, exact, atol=1e-4, rtol=1e-3)
         assert density == 1
 
 
-def test_the_table(chunks, tmp_path, monkeypatch):
+def test_the_table(tmp_path, monkeypatch):
     model = causal_lm.save(tmp_path / "model")
     out = tmp_path / "chunks.csv"
     monkeypatch.setattr(chunks, "load_config", lambda traits: argparse.Namespace(layer=lambda index: PARAMS))
@@ -68,7 +60,7 @@ def test_the_table(chunks, tmp_path, monkeypatch):
     assert float(cut["error_vs_whole"]) == pytest.approx(float(cut["rel_error"]) / float(whole["rel_error"]), rel=0.01)
 
 
-def test_a_cut_that_is_none_is_refused(chunks, monkeypatch, capsys):
+def test_a_cut_that_is_none_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["chunks.py", "model", "--out", "x.csv", "--cuts", "8192"])
     with pytest.raises(SystemExit):
         chunks.main()

@@ -3,14 +3,13 @@
 import argparse
 import asyncio
 import csv
-import importlib
 import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
-from processes import ROOT
+from bench_modules import load
 
 OPTIONS = argparse.Namespace(
     requests=400,
@@ -25,25 +24,13 @@ OPTIONS = argparse.Namespace(
 )
 
 
-@pytest.fixture
-def load(monkeypatch):
-    """As when it is run, it finds its neighbours by the folder."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    names = ("load", "servers")
-    for name in names:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield importlib.import_module("load")
-    for name in names:
-        sys.modules.pop(name, None)
-
-
-def test_requests_are_the_same_for_a_seed(load):
+def test_requests_are_the_same_for_a_seed():
     asked = load.requests(OPTIONS, 1000)
     assert asked == load.requests(OPTIONS, 1000)
     assert asked != load.requests(argparse.Namespace(**vars(OPTIONS) | {"seed": 1}), 1000)
 
 
-def test_requests_are_spread(load):
+def test_requests_are_spread():
     """A third of the logarithms' range has a third of the lengths."""
     asked = load.requests(OPTIONS, 1000)
     lengths = [len(request.prompt) for request in asked]
@@ -86,13 +73,13 @@ class Client:
     ],
     ids=["whole", "cut off", "empty", "refused", "slow", "client leaves", "client leaves after a token"],
 )
-def test_what_came_of_a_request(load, client, leaves, answered, left, failed):
+def test_what_came_of_a_request(client, leaves, answered, left, failed):
     told = load.Told()
     asyncio.run(load.one(client, "model", 7, load.Request([1, 2], 4, leaves), told))
     assert (list(told.ttft), told.left, told.failed) == ([7] * answered, left, failed)
 
 
-def test_memory_of_the_second_half(load):
+def test_memory_of_the_second_half():
     assert load.halves([100.0] * 40 + [200.0] * 40) == (200, 200)
     half, end = load.halves([float(i) for i in range(80)])
     assert (half, end) == (44.5, 74.5)
@@ -100,7 +87,7 @@ def test_memory_of_the_second_half(load):
 
 
 @pytest.fixture
-def run(load, monkeypatch, tmp_path):
+def run(monkeypatch, tmp_path):
     """A row of a server that is none, and what is wrong with it."""
 
     class Server:
@@ -130,7 +117,7 @@ def run(load, monkeypatch, tmp_path):
 FLAT = [1000.0] * 80
 
 
-def test_a_server_that_stays_as_it_was(load, run):
+def test_a_server_that_stays_as_it_was(run):
     row, wrong = run(load.Told(ttft={0: 0.1, 1: 0.2, 5: 0.3}, host=FLAT))
     assert wrong == []
     assert (row["answered"], row["failed"], row["host_mib_half"], row["host_mib_end"]) == (3, 0, 1000, 1000)
@@ -149,13 +136,13 @@ def test_a_server_that_stays_as_it_was(load, run):
     ],
     ids=["failed", "grew before", "grew", "device", "no samples", "blocks"],
 )
-def test_what_is_wrong_is_said(load, run, fields, held, said):
+def test_what_is_wrong_is_said(run, fields, held, said):
     _, wrong = run(load.Told(**{"ttft": {0: 0.1, 1: 0.2}, "host": FLAT} | fields), held)
     assert len(wrong) == (said is not None)
     assert said is None or wrong[0].startswith(said)
 
 
-def test_what_ends_the_sampler_ends_the_run(load, monkeypatch):
+def test_what_ends_the_sampler_ends_the_run(monkeypatch):
     """A run whose memory nobody saw has shown nothing of it."""
 
     def broken(server):
@@ -171,7 +158,7 @@ def test_what_ends_the_sampler_ends_the_run(load, monkeypatch):
         asyncio.run(load.send(server, [load.Request([1], 1, None)], 1))
 
 
-def test_memory_is_that_of_all_processes(load):
+def test_memory_is_that_of_all_processes():
     """This one and one that it starts."""
     alone = load.host_mib(SimpleNamespace(process=SimpleNamespace(pid=os.getpid())))
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
@@ -193,7 +180,7 @@ def test_memory_is_that_of_all_processes(load):
         ([], "model/config.json does not tell the size of the vocabulary"),
     ],
 )
-def test_what_cannot_be_run_is_refused(load, monkeypatch, capsys, tmp_path, arguments, said):
+def test_what_cannot_be_run_is_refused(monkeypatch, capsys, tmp_path, arguments, said):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["load.py", "model", "--out", "x.csv", *arguments])
     with pytest.raises(SystemExit) as ended:
@@ -202,7 +189,7 @@ def test_what_cannot_be_run_is_refused(load, monkeypatch, capsys, tmp_path, argu
     assert not (tmp_path / "x.csv").exists()
 
 
-def done(load, device):
+def done(device):
     """Of three requests one was not answered by dense attention, and another one not by S2O."""
     figures = {"answered": 2, "left": 1, "failed": 0, "density": 0.3, "host_mib_half": 1.0, "host_mib_end": 2.0}
     times = {"dense": {0: 0.2, 1: 0.2, 2: 9.0, 3: 0.2}, "s2o": {0: 0.1, 1: 0.1, 3: 0.1, 4: 7.0}}
@@ -213,18 +200,18 @@ def done(load, device):
 
 
 @pytest.mark.parametrize("device, ms", [([], None), ([900.0], "100.0")], ids=["CPU", "GPU"])
-def test_times_are_those_of_requests_that_both_answered(load, device, ms):
+def test_times_are_those_of_requests_that_both_answered(device, ms):
     """On a CPU their ratio alone."""
-    _, s2o = load.table(done(load, device), OPTIONS)
+    _, s2o = load.table(done(device), OPTIONS)
     assert {s2o[f"ttft_p{p}_vs_dense"] for p in load.PERCENTILES} == {"0.500"}
     assert s2o.get("ttft_ms_p99") == ms
     assert s2o["model"] == "own" and s2o["host_mib_end"] == "2"
 
 
-def test_rows_of_other_loads_stay(load, tmp_path):
+def test_rows_of_other_loads_stay(tmp_path):
     path = tmp_path / "load.csv"
     for changes in ({}, {"requests": 7}, {"config": {"budget": 0.1}}, {}):
-        load.write(path, load.table(done(load, []), argparse.Namespace(**vars(OPTIONS) | changes)))
+        load.write(path, load.table(done([]), argparse.Namespace(**vars(OPTIONS) | changes)))
     held = list(csv.DictReader(path.open(newline="")))
     assert [(row["requests"], row["config"]) for row in held[::2]] == [
         ("7", "{}"), ("400", '{"budget": 0.1}'), ("400", "{}"),

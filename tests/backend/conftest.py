@@ -4,6 +4,7 @@ import copy
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import backend_log
 import pytest
 import tiny
 from batch import CPU, DENSE, EXACT
@@ -25,10 +26,7 @@ def models(tmp_path_factory):
 @pytest.fixture
 def told(monkeypatch):
     """Lines that the backend logs."""
-    lines = []
-    monkeypatch.setattr(backend.logger, "log", lambda level, line, *values: lines.append(line % values))
-    monkeypatch.setattr(backend, "_told", set())
-    return lines
+    return backend_log.lines(monkeypatch)
 
 
 @pytest.fixture

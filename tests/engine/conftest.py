@@ -1,16 +1,16 @@
 """Engines of vLLM that run in this process."""
 
+import backend_log
 import engines
 import pytest
 from vllm.platforms import current_platform
 
-from vllm_s2o import backend
 
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.path.parent.name == "engine" and not current_platform.is_cpu():
-            item.add_marker(pytest.mark.skip(reason="these engines are small and exact enough for a CPU only"))
+@pytest.fixture(scope="session", autouse=True)
+def cpu():
+    """Before anything else is made."""
+    if not current_platform.is_cpu():
+        pytest.skip("these engines compare in fp32, which FLASH_ATTN does not take")
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,4 @@ def witness(monkeypatch):
 @pytest.fixture
 def told(monkeypatch):
     """Lines that the backend logs."""
-    lines = []
-    monkeypatch.setattr(backend.logger, "log", lambda level, line, *values: lines.append(line % values))
-    monkeypatch.setattr(backend, "_told", set())
-    return lines
+    return backend_log.lines(monkeypatch)

@@ -9,7 +9,9 @@ FOLDER = ROOT / "benchmarks"
 
 sys.path.insert(0, str(FOLDER))
 try:
+    import chunks
     import latency
+    import load
     import needles
     import offline
     import record
@@ -22,4 +24,4 @@ try:
 finally:
     sys.path.remove(str(FOLDER))
 
-__all__ = ["latency", "main", "needles", "offline", "record", "servers"]
+__all__ = ["chunks", "latency", "load", "main", "needles", "offline", "record", "servers"]

@@ -9,6 +9,7 @@ import functools
 import gc
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -147,8 +148,8 @@ class Witness:
         self.rows: list[Row] = []
         self.batches: list[Batch] = []
         # Not in the module itself, which uses them too.
-        watched = _With(attention, run=self._run, plan_step=self._plan_step)
-        monkeypatch.setattr("vllm_s2o.backend.attention", watched)
+        watched = {**vars(attention), "run": self._run, "plan_step": self._plan_step}
+        monkeypatch.setattr("vllm_s2o.backend.attention", SimpleNamespace(**watched))
 
     def _plan_step(self, query_lens, seq_lens, *args):
         plan = attention.plan_step(query_lens, seq_lens, *args)
@@ -201,14 +202,3 @@ class Seen(NamedTuple):
     def rel_error(self) -> float:
         """Squared, of all that S2O computed, against dense attention of the same layers' inputs."""
         return sum(row.squared_error for row in self.rows) / sum(row.squared for row in self.rows)
-
-
-class _With:
-    """A module with some names of its own."""
-
-    def __init__(self, module, **names):
-        self._module = module
-        self.__dict__.update(names)
-
-    def __getattr__(self, name):
-        return getattr(self._module, name)

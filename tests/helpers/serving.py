@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from bench_modules import servers
 from processes import ROOT, make
 
 from vllm_s2o.cli import server
@@ -36,19 +37,7 @@ KV_CACHE = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 """GiB of each server: more than twice what 8,192 tokens take in fp32, for up to four servers live side by side."""
 
 
-SMALL = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "hidden_size": 256,
-    "intermediate_size": 64,
-    "vocab_size": 49152,
-    "max_position_embeddings": 8192,
-    "torch_dtype": "bfloat16",
-}
+SMALL = servers.SHAPES["tiny"]
 """A model's config.json, without weights, for SmolLM2's tokenizer: where the model is not what is tried."""
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
 """For an engine without a server: two processes less, each of which imports vLLM for ten seconds. More threads in the

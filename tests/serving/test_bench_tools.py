@@ -10,9 +10,9 @@ import time
 
 import psutil
 import pytest
-from bench_modules import latency, main, servers
+from bench_modules import latency, main
 from processes import CHANGED, ROOT
-from serving import BASE_ARGS, ONE_PROCESS, SMALL
+from serving import BASE_ARGS, ONE_PROCESS
 
 pytestmark = pytest.mark.serving
 
@@ -44,15 +44,14 @@ def test_bench_latency(model, monkeypatch, tmp_path):
 
 def bench(what, arguments, more, model, monkeypatch, tmp_path) -> dict[str, str]:
     """The row of one of vLLM's tools that start an engine without a server."""
-    monkeypatch.setitem(servers.SHAPES, "small", SMALL)
     config = '{"s2o": {"min_seq_len": 512, "segment_len": 256, "budget": 0.1}}'
     files = ["--out", str(tmp_path / "result.json"), "--table", str(tmp_path / "table.csv")]
-    asked = ["--shape", "small", "--tokens", "1500", "--providers", "s2o", *arguments]
+    asked = ["--shape", "tiny", "--tokens", "1500", "--providers", "s2o", *arguments]
     args = shlex.join([*BASE_ARGS, *more, "--additional-config", config])
     monkeypatch.setattr(sys, "argv", ["serving.py", what, str(model), *asked, *files, f"--server={args}"])
     main.main()
     (row,) = csv.DictReader((tmp_path / "table.csv").open(newline=""))
-    assert (row["model"], row["prompt_len"]) == ("small", "1500")
+    assert (row["model"], row["prompt_len"]) == ("tiny", "1500")
     assert float(row["tokens_per_s"]) > 0
     assert 0 < float(row["density"]) < 1
     (run,) = json.loads((tmp_path / "result.json").read_text())["providers"]["s2o"]["runs"]

@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -37,6 +38,12 @@ def describe() -> dict[str, Any]:
         **revision(Path(__file__).parents[2]),
         **versions,
     }
+
+
+def write_made(out: Path, settings: dict[str, Any]) -> None:
+    """Beside a results file, in FILE.made.json: where it was made, and with what."""
+    made = {"environment": describe(), **settings}
+    out.with_name(out.name + ".made.json").write_text(json.dumps(made, indent=1) + "\n")
 
 
 def revision(root: Path) -> dict[str, Any]:

@@ -58,19 +58,21 @@ def paged(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows, rows.new_zeros(-len(rows) % PAGE, *rows.shape[1:])]).unflatten(0, (-1, PAGE))
 
 
-def sparse_attention(layer: Layer, params: S2OParams) -> tuple[torch.Tensor, float]:
-    """One layer's S2O attention over a whole prompt.
+def sparse_attention(layer: Layer, params: S2OParams, ends: Sequence[int] = ()) -> tuple[torch.Tensor, float]:
+    """One layer's S2O attention over a whole prompt, at once or in chunks that end at `ends`, the last one with it.
 
     Returns:
         [num_tokens, num_heads, head_size], and visited / causal pairs.
     """
-    num_tokens, device = len(layer.query), layer.query.device
+    device, ends = layer.query.device, ends or [len(layer.query)]
     key, value = paged(layer.key), paged(layer.value)
+    pages = torch.arange(len(key), dtype=torch.int32, device=device)
+    # A chunk is a sequence that ends with it: all have the same pages.
     out, stats = prefill_attention(
         layer.query, key, value,
-        block_table=torch.arange(len(key), dtype=torch.int32, device=device)[None],
-        query_start_loc=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
-        seq_lens=torch.tensor([num_tokens], dtype=torch.int32, device=device),
+        block_table=pages.expand(len(ends), -1).contiguous(),
+        query_start_loc=torch.tensor([0, *ends], dtype=torch.int32, device=device),
+        seq_lens=torch.tensor(ends, dtype=torch.int32, device=device),
         scale=layer.scale, params=params, return_stats=True,
     )  # fmt: skip
     return out, (stats.visited_pairs.sum() / stats.causal_pairs.sum()).item()

@@ -15,12 +15,11 @@ them.
 import argparse
 import csv
 import importlib.util
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from vllm_s2o.cli.environment import describe
+from vllm_s2o.cli.environment import write_made
 
 from .calibration.curves import sample
 from .capture import CaptureError, Layer, Source, checked_layers, open_model, visit_layers
@@ -175,8 +174,7 @@ def frontier(
     common = (Path(model).resolve().name, num_tokens, split)
     try:
         write(out, rows(parts, rules, texts, layers, common))
-        made = {"environment": describe(), "texts": texts, "layers": list(layers), **settings}
-        out.with_name(out.name + ".made.json").write_text(json.dumps(made, indent=1) + "\n")
+        write_made(out, {"texts": texts, "layers": list(layers), **settings})
     except OSError as error:
         raise FrontierError(f"Cannot write {out}: {error.strerror}.") from error
     return {name: curve(parts, name, texts, layers) for name in rules}

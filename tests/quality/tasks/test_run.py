@@ -85,6 +85,8 @@ def test_the_table(checkpoint, served, tmp_path):
     assert repeated == 0 and len(served) == len(set(served)) == 16
     read = rows(out)
     assert list(read[0]) == list(table.COLUMNS)
+    made = json.loads(out.with_name("tasks.csv.made.json").read_text())
+    assert made["model"] == checkpoint and {"machine", "torch", "commit"} <= set(made["environment"])
     wanted = [(str(length), task) for length in LENGTHS for task in (*TASKS, "average")] + [("all", "average")]
     assert [(row["length"], row["task"], row["backend"]) for row in read] == [
         (length, task, backend) for length, task in wanted for backend in ("s2o", "dense")

@@ -20,7 +20,8 @@ from .table import summary
 DESCRIPTION = """\
 RULER's tasks that need no download, asked of a served model with S2O and without, on the same prompts. Servers are
 started here, one after the other, or a running one is asked. Answers are kept beside the table, in FILE.parts.jsonl: a
-run that was cut off goes on from there, and one that wants more samples, lengths or tasks adds them."""
+run that was cut off goes on from there, and one that wants more samples, lengths or tasks adds them. Machine, versions,
+commit and settings stand in FILE.made.json."""
 
 EXTERNAL = "Files of samples that you downloaded, asked at the longest of --lengths: texts beyond it are cut."
 

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from vllm_s2o.cli.environment import write_made
+
 from ..capture import open_model
 from . import suite, table
 from .answers import Answers
@@ -144,6 +146,7 @@ def measure(
     found = table.rows(answers, list(dict.fromkeys(compared)), groups)
     try:
         table.write(out, shown, found)
+        write_made(out, settings)
     except OSError as error:
         raise TaskError(f"Cannot write {out}: {error.strerror}.") from error
     asked = [answers.found[b, *group, i] for b in backends for group, count in groups.items() for i in range(count)]
