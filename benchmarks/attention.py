@@ -12,7 +12,8 @@ waits on the device. What fails has a row with the reason and without figures.
 
 Inputs are made, and S2O's threshold is searched so that the stop rule itself lands on the density. With --model there
 are also captured ones: queries, keys and values of some of its layers on a real text. On these S2O runs at the
-thresholds of the config that ships for the model, and the density is what results.
+thresholds of the config that ships for the model, and the density is what results. With --fp8 made inputs are measured
+once more, rounded to fp8, at the same thresholds; errors are those from exact attention of what was rounded.
 
 A peer, from a checkout of its own project, has a row at its own defaults and one at matched error: its parameter is
 searched until it errs as S2O's first row of the problem does, within 10 %. Where it cannot run, its row says why.
@@ -31,7 +32,7 @@ from pathlib import Path
 import torch
 import triton
 from captured import captured_problems
-from inputs import LLAMA_8B, Problem, exact_rows, make_problem
+from inputs import LLAMA_8B, Problem, exact_rows, in_fp8, make_problem
 from peers import PEERS, Peer
 from providers import DENSE, S2O, find_threshold
 
@@ -55,6 +56,8 @@ SHOWN = (
 """Columns that are printed meanwhile."""
 DENSE_ERROR = 1e-4
 """What a dense kernel in bfloat16 may err, relative to the mean square of the output."""
+FP8_ERROR = 2e-2
+"""The same in fp8: of 3 bits a rounded number is off by 1/16 at most, and queries, keys, values and weights are."""
 MOVED = 1e-4
 """Pairs that may differ between two S2O kernels: sums of another order decide a tile whose gain is the threshold to six
 digits. One test of one tile is 1e-6 of the pairs or less."""
@@ -164,7 +167,7 @@ def dense_rows(problem: Problem, names: list[str], exact: torch.Tensor, rows: to
         except (ImportError, RuntimeError) as reason:
             found.append(not_reported(name, problem, reason))
             continue
-        if not error < DENSE_ERROR:
+        if not error < (DENSE_ERROR if problem.exact is None else FP8_ERROR):
             found.append(not_reported(name, problem, f"its error is {error:.1e}"))
             continue
         times = quantiles(run)
@@ -274,10 +277,16 @@ def as_row(found: dict, problem: Problem, medians: dict[str, float], machine: di
     return row
 
 
-def made_problems(at: dict[int, list[float]], device: torch.device) -> Iterator[tuple[Problem, list[S2OParams | None]]]:
+def made_problems(
+    at: dict[int, list[float]], device: torch.device, fp8: bool = False
+) -> Iterator[tuple[Problem, list[S2OParams | None]]]:
+    """With `fp8` also those that are rounded to it, at the same thresholds."""
     for tokens, densities in at.items():
         problem = make_problem(LLAMA_8B, tokens, device)
-        yield problem, [find_threshold(problem, density) for density in densities]
+        wanted: list[S2OParams | None] = [find_threshold(problem, density) for density in densities]
+        yield problem, wanted
+        if fp8:
+            yield in_fp8(problem), wanted
         del problem  # before the next one is made
 
 
@@ -302,7 +311,7 @@ def measure(
         found = [s2o_row(problem, params, exact, rows) for params in wanted]
         target = next((one["rel_error"] for one in found if "rel_error" in one), None)
         found += dense_rows(problem, dense, exact, rows)
-        if peers_at is None or problem.num_tokens in peers_at:
+        if problem.exact is None and (peers_at is None or problem.num_tokens in peers_at):
             found += peer_rows(problem, peers, exact, rows, target)
         medians = {one["provider"]: one["times"][1] for one in found if one["provider"] in DENSE and "times" in one}
         for one in found:
@@ -365,6 +374,9 @@ def main() -> None:
     parser.add_argument(
         "--at", nargs="*", default=list(AT), metavar="TOKENS:DENSITY", help="made inputs; nothing after it: none"
     )
+    parser.add_argument(
+        "--fp8", action="store_true", help="also made inputs in fp8, as queries and caches are with vLLM's fp8 caches"
+    )
     parser.add_argument("--dense", nargs="*", choices=DENSE, default=list(DENSE), help="kernels beside S2O")
     parser.add_argument(
         "--peer", type=parse_peer, action="append", default=[], metavar="NAME=PATH",
@@ -412,7 +424,7 @@ def main() -> None:
                 captures.append(capture(options.model, tokens, options.layers, options.text or "code", device))
     except CaptureError as error:
         parser.exit(1, f"attention.py: {error}\n")
-    problems = itertools.chain(made_problems(at, device), problems_of(captures, device))
+    problems = itertools.chain(made_problems(at, device, options.fp8), problems_of(captures, device))
     table = list(kept)
     run = 1 + max((int(row["run"]) for row in kept), default=0)
     for row in measure(problems, options.dense, peers, options.peer_at):

@@ -8,7 +8,7 @@ The bump is made of a few frequencies, as rotary embeddings make it. Importance 
 share of the keys holds all of the mass: how much of it is visited is left to the threshold.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,6 +44,10 @@ class Problem:
     value_cache: torch.Tensor
     block_table: torch.Tensor
     """[1, num_blocks] int32, shuffled."""
+    scales: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """What numbers in fp8 are multiplied by to be queries, keys and values."""
+    exact: "Problem | None" = None
+    """What it was before it was rounded to fp8."""
 
     @property
     def num_tokens(self) -> int:
@@ -127,8 +131,28 @@ def in_pages(
     return Problem(shape, query, key, value, key_cache, value_cache, table.int()[None])
 
 
+def in_fp8(problem: Problem) -> Problem:
+    """The problem as vLLM hands it over beside caches in fp8 (e4m3): queries too, with one scale each for all of them,
+    of all keys and of all values. Keys and values in order keep their type."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+
+    def rounded(*tensors: torch.Tensor) -> tuple[float, list[torch.Tensor]]:
+        scale = max(tensor.abs().max().item() for tensor in tensors) / largest
+        return scale, [(tensor.float() / scale).to(torch.float8_e4m3fn) for tensor in tensors]
+
+    of_query, (query,) = rounded(problem.query)
+    of_key, (key_cache,) = rounded(problem.key_cache)
+    of_value, (value_cache,) = rounded(problem.value_cache)
+    key_cache, value_cache = torch.cat([key_cache, value_cache], -1).split(problem.shape.head_size, -1)
+    return replace(
+        problem, shape=replace(problem.shape, name=f"{problem.shape.name}, fp8"), query=query, key_cache=key_cache,
+        value_cache=value_cache, scales=(of_query, of_key, of_value), exact=problem,
+    )  # fmt: skip
+
+
 def exact_rows(problem: Problem, rows: torch.Tensor) -> torch.Tensor:
-    """Dense attention of some rows in fp32, [rows, num_heads, head_size]."""
+    """Dense attention of some rows in fp32, before anything was rounded to fp8: [rows, num_heads, head_size]."""
+    problem = problem.exact or problem
     group = problem.shape.num_heads // problem.shape.num_kv_heads
     out = torch.empty(len(rows), problem.shape.num_heads, problem.shape.head_size, device=rows.device)
     visible = torch.arange(problem.num_tokens, device=rows.device)[None, :] <= rows[:, None]

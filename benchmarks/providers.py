@@ -27,14 +27,16 @@ class S2O:
         buffers = self.plan.buffers((shape.num_kv_heads, shape.head_size), self.params.num_classes)
         self.workspace = attention.allocate(buffers, device)
         (self.thresholds,) = attention.device_thresholds([(self.params, shape.num_heads)], device)
-        self.out = torch.empty_like(problem.query)
+        self.out = torch.empty_like(problem.query, dtype=problem.value.dtype)
 
     def run(self) -> torch.Tensor:
         """[num_seqs, num_heads]: the pairs that were visited; the output is in `out`."""
         p = self.problem
+        of_query, of_key, of_value = p.scales
         return attention.run(
-            p.query, p.key_cache, p.value_cache, p.block_table, self.plan, self.params, p.scale, self.out,
-            thresholds=self.thresholds, workspace=self.workspace, implementation=self.implementation,
+            p.query, p.key_cache, p.value_cache, p.block_table, self.plan, self.params, p.scale * of_query * of_key,
+            self.out, thresholds=self.thresholds, workspace=self.workspace, value_scale=of_value,
+            implementation=self.implementation,
         )  # fmt: skip
 
     def rank(self) -> None:
@@ -80,6 +82,8 @@ def fa2(problem: Problem) -> Callable[[], torch.Tensor]:
     """FlashAttention-2, as PyTorch has it, on contiguous keys and values."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    if problem.exact is not None:
+        raise RuntimeError("it has no fp8")
     q, k, v = (t.transpose(0, 1)[None] for t in (problem.query, problem.key, problem.value))
 
     def run() -> torch.Tensor:
@@ -100,6 +104,11 @@ def fa3(problem: Problem, paged: bool) -> Callable[[], torch.Tensor]:
     if paged:
         where = dict(seqused_k=starts[1:], block_table=problem.block_table)
     key, value = (problem.key_cache, problem.value_cache) if paged else (problem.key, problem.value)
+    if problem.exact is not None:
+        if not paged:
+            raise RuntimeError("keys and values in fp8 are there in pages only")
+        for name, scale in zip(("q_descale", "k_descale", "v_descale"), problem.scales, strict=True):
+            where[name] = torch.full((1, problem.shape.num_kv_heads), scale, device=device)
     return functools.partial(
         flash_attn_varlen_func, q=problem.query, k=key, v=value, max_seqlen_q=tokens, cu_seqlens_q=starts,
         max_seqlen_k=tokens, softmax_scale=problem.scale, causal=True, fa_version=3, **where,

@@ -72,6 +72,20 @@ def test_a_provider_runs_what_a_server_runs(modules, problem):
     assert modules[2].relative_error(mine.out, modules[0].exact_rows(problem, rows), rows) < 1e-8
 
 
+def test_what_is_rounded_to_fp8_stays_near(modules, problem):
+    """S2O without a threshold errs as much as rounding does, and is judged by what there was before."""
+    rounded = modules[0].in_fp8(problem)
+    rows = problem.rows()
+    exact = modules[0].exact_rows(rounded, rows)
+    assert torch.equal(exact, modules[0].exact_rows(problem, rows))
+    mine = modules[1].S2O(rounded, S2OParams(threshold=0.0))
+    assert mine.run().sum() == mine.causal
+    assert mine.out.dtype == problem.value.dtype
+    assert 1e-5 < modules[2].relative_error(mine.out, exact, rows) < modules[2].FP8_ERROR
+    with pytest.raises(RuntimeError, match="it has no fp8"):
+        modules[1].fa2(rounded)
+
+
 def test_points_are_parsed(modules):
     parse = modules[2].parse_at
     assert parse(["32768:0.15", "131072:0.1", "131072:0.06"]) == {32768: [0.15], 131072: [0.1, 0.06]}

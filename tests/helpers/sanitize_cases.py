@@ -5,6 +5,7 @@ that stop early, queries in another order, and tiles that are computed again.
 """
 
 import argparse
+import dataclasses
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bad numbers": dict(params=dict(threshold=0.0), bad=True),
     "guide": dict(params=dict(threshold=0.4, query_order="guide"), layout="head_major"),
     "head size 96, 16 classes": dict(params=dict(threshold=0.3, num_classes=16), head_size=96, layout="separate"),
+    "fp8 caches": dict(params=dict(threshold=0.3), fp8=True),
     "budget": dict(params=dict(budget=0.3), layout="transposed_keys", page=32),
 }
 DEFAULTS: dict[str, Any] = dict(num_heads=2, num_kv_heads=1, head_size=128, dtype=torch.bfloat16, layout="joined_rows")
@@ -33,7 +35,11 @@ def run(name: str, implementation: Implementation) -> None:
     options = dict(CASES[name])
     params = S2OParams(**{"segment_len": 128, "stop_interval": 1} | options.pop("params"))
     bad = options.pop("bad", False)
+    fp8 = options.pop("fp8", False)
     case = make_case(**SMALL, **DEFAULTS | options)
+    if fp8:
+        key_cache, value_cache = (cache.to(torch.float8_e4m3fn) for cache in (case.key_cache, case.value_cache))
+        case = dataclasses.replace(case, key_cache=key_cache, value_cache=value_cache)
     if bad:
         block, place = int(case.block_table[0, 3]), 5
         case.value_cache[block, place, 0, 7] = float("nan")
