@@ -16,14 +16,14 @@ SPARSE = S2OParams(threshold=0.05, segment_len=64, tile_size=32, key_block=16, n
 LENGTHS = ([70, 200, 1], [300, 200, 90])
 
 
-def quantised(case, key_scale: float, value_scale: float):
-    """The case with caches in fp8, and the one with caches of what these stand for."""
+def quantised(case, key_scale: float, value_scale: float, dtype=DTYPE):
+    """The case with caches in fp8, and the one with caches of what these stand for, all in `dtype`."""
     caches = [(cache / factor).to(torch.float8_e4m3fn) for cache, factor in
               ((case.key_cache, key_scale), (case.value_cache, value_scale))]  # fmt: skip
-    plain = [cache.to(DTYPE) * factor for cache, factor in zip(caches, (key_scale, value_scale), strict=True)]
+    plain = [cache.to(dtype) * factor for cache, factor in zip(caches, (key_scale, value_scale), strict=True)]
     return (
         replace(case, key_cache=caches[0], value_cache=caches[1]),
-        replace(case, key_cache=plain[0], value_cache=plain[1]),
+        replace(case, query=case.query.to(dtype), key_cache=plain[0], value_cache=plain[1]),
     )
 
 
@@ -41,7 +41,9 @@ def test_like_caches_of_what_they_stand_for(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_threshold_zero_is_dense(implementation):
-    fp8, plain = quantised(make_case(*LENGTHS, num_heads=4, num_kv_heads=1, head_size=96, dtype=DTYPE), 0.013, 0.3)
+    # These factors' products have more digits than 16 bits: what they stand for is known in fp32 only.
+    case = make_case(*LENGTHS, num_heads=4, num_kv_heads=1, head_size=96, dtype=DTYPE)
+    fp8, plain = quantised(case, 0.013, 0.3, torch.float32)
     params = SPARSE.model_copy(update={"threshold": 0.0})
     ours = prefill_attention(
         **fp8.arguments, params=params, implementation=implementation, key_scale=0.013, value_scale=0.3
