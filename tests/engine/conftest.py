@@ -1,16 +1,8 @@
-"""Engines of vLLM that run in this process."""
+"""Engines of vLLM that run in this process: on a CPU in fp32, on a GPU in 16 bits."""
 
 import backend_log
 import engines
 import pytest
-from vllm.platforms import current_platform
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cpu():
-    """Before anything else is made."""
-    if not current_platform.is_cpu():
-        pytest.skip("these engines compare in fp32, which FLASH_ATTN does not take")
 
 
 @pytest.fixture(scope="session")

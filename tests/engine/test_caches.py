@@ -3,12 +3,12 @@
 import engines
 import pytest
 import torch
-from engines import CONFIG, EXACT, TOLERANCE, ask, of_answer, tokens
+from engines import CONFIG, EXACT, THRESHOLD, agree, ask, of_prompt, tokens
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_s2o import backend
 
-SPARSE = {**CONFIG, "segment_len": 256, "threshold": 0.15}
+SPARSE = {**CONFIG, "segment_len": 256, "threshold": THRESHOLD}
 KEPT = 1152
 """Tokens of 9 blocks, which are kept whole; they end inside a segment of 256."""
 PREFIX, SUFFIX = tokens(KEPT, 1), tokens(500, 2)
@@ -36,12 +36,17 @@ def test_a_cached_prefix(llama, witness, s2o):
     with engines.engine(llama, s2o, max_num_batched_tokens=KEPT) as llm:
         (cut,) = ask(llm, [question], prompt_logprobs=None)
         cuts = witness.take()
-    torch.testing.assert_close(of_answer(warm), of_answer(cut), atol=TOLERANCE, rtol=0)
+    agree([warm], [cut])
     assert [row.query_len for row in cuts.rows] == [KEPT] * 3 + [len(question) - KEPT] * 3
-    assert [row.visited for row in cuts.rows[3:]] == [row.visited for row in after.rows]
+    # In 16 bits a tile that is about to stop may stop a block sooner.
+    slack = 0 if engines.CPU else 0.01
+    assert [row.visited for row in cuts.rows[3:]] == pytest.approx(
+        [row.visited for row in after.rows], rel=slack, abs=0
+    )
     if s2o is EXACT:
-        torch.testing.assert_close(of_answer(warm), of_answer(cold), atol=TOLERANCE, rtol=0)
+        agree([warm], [cold])
         assert at_once.density == after.density == 1
+        assert max(at_once.rel_error, after.rel_error) <= engines.REL_ERRORS[engines.DTYPE]
     else:
         assert at_once.density < 0.9
         assert cuts.rel_error <= 1.25 * at_once.rel_error
@@ -87,17 +92,13 @@ def test_preemption_and_recomputation(llama, witness, preempted):
     assert preempted
     again = [row.seq_len for row in witness.take().rows if row.query_len == row.seq_len > 500]
     assert again, "nothing was computed anew"
-    for ours, theirs in zip(got, expected, strict=True):
-        assert ours.outputs[0].token_ids == theirs.outputs[0].token_ids
-        torch.testing.assert_close(of_answer(ours), of_answer(theirs), atol=TOLERANCE, rtol=0)
+    agree(got, expected)
 
 
 def test_requests_aborted_in_mid_prefill(llama, witness):
     """The others' answers stay, all blocks come back, and nothing is kept of those that went."""
-    from vllm import SamplingParams
-
     staying, going = tokens(900, 3), tokens(1900, 4)
-    params = SamplingParams(temperature=0, max_tokens=4, min_tokens=4, logprobs=1, detokenize=False)
+    params = engines.sampling(prompt_logprobs=None)
     with engines.engine(llama, EXACT, max_num_batched_tokens=512) as llm:
         (expected,) = ask(llm, [staying], prompt_logprobs=None)
         running = llm.llm_engine
@@ -114,6 +115,32 @@ def test_requests_aborted_in_mid_prefill(llama, witness):
         ask(llm, [tokens(8)], generated=1)  # what ended is told to the workers with the next step
         assert blocks_in_use(llm) == 0
     assert 1900 not in {row.seq_len for row in witness.take().rows}
-    (got,) = ended
-    torch.testing.assert_close(of_answer(got), of_answer(expected), atol=TOLERANCE, rtol=0)
+    agree(ended, [expected])
     assert not [name for name in backend.prompts._all if name.startswith(("going", "staying"))]
+
+
+@pytest.mark.skipif(engines.CPU, reason="on a CPU layers with caches in fp8 stay dense")
+def test_caches_in_fp8(tmp_path, witness, told):
+    """Keys, values and queries in 8 bits. Without skipping it is what FLASH_ATTN makes of the same, and nearer to that
+    than caches in 16 bits are."""
+    # Rounding grows less from layer to layer where queries and keys are normalised.
+    model = engines.checkpoint(tmp_path / "model", "qwen3")
+    prompts = [tokens(1400, 11), tokens(600, 12)]
+    wide = {"dtype": "bfloat16"}  # FLASH_ATTN knows no other beside fp8
+    with engines.engine(model, None, **wide) as llm:
+        unquantised = ask(llm, prompts)
+    with engines.engine(model, EXACT, kv_cache_dtype="fp8", **wide) as llm:
+        expected = ask(llm, prompts, extra_args={"s2o": "dense"})
+        assert not witness.take().rows
+        got = ask(llm, prompts)
+    seen = witness.take()
+    assert {row.seq_len for row in seen.rows} == {1400, 600} and seen.density == 1
+    assert seen.rel_error <= engines.REL_ERRORS["fp8"]
+    agree(got, expected, "fp8")
+    ours, theirs, exact = (torch.cat(list(map(of_prompt, said))) for said in (got, expected, unquantised))
+    assert engines.distance(ours, theirs) < engines.distance(theirs, exact)
+    assert any(line.startswith("s2o: 3 of 3 attention layers take kernels ") for line in told)
+    assert not [line for line in told if "(layers" in line]
+    with engines.engine(model, {**CONFIG, "threshold": THRESHOLD}, kv_cache_dtype="fp8", **wide) as llm:
+        ask(llm, prompts)
+    assert 0.1 < witness.take().density < 0.9

@@ -1,4 +1,4 @@
-"""A program with an engine whose parts are in several processes: log-probabilities of prompts and answers, and
+"""A program with an engine whose parts are in several processes: what it said to each prompt (`engines.Said`), and
 what the engine counted: tokens by path, pairs that were visited, and all.
 
 python engine_program.py '{"options": {...}, "prompts": [[...]], "generated": 4}' FILE.json
@@ -6,6 +6,7 @@ python engine_program.py '{"options": {...}, "prompts": [[...]], "generated": 4}
 
 import json
 import sys
+import time
 from pathlib import Path
 
 
@@ -18,7 +19,9 @@ def main() -> None:
     asked = json.loads(sys.argv[1])
     llm = LLM(**asked["options"])
     outputs = engines.ask(llm, asked["prompts"], asked["generated"])
-    answers = [[engines.of_prompt(output).tolist(), engines.of_answer(output).tolist()] for output in outputs]
+    answers = [engines.said(output) for output in outputs]
+    if not engines.CPU:
+        time.sleep(2)  # a thread writes the figures of the last steps, once the GPU has told them
     figures = vllm_s2o.figures()
     counted = {" ".join(kind).strip(): count for kind, count in figures.tokens.items()}
     Path(sys.argv[2]).write_text(json.dumps([answers, counted, figures.visited, figures.causal]))
