@@ -12,7 +12,7 @@ from vllm_s2o.quality.tasks.answers import Answers
 from vllm_s2o.quality.tasks.backends import Backend
 from vllm_s2o.quality.tasks.client import Client
 from vllm_s2o.quality.tasks.prompt import Prompt, TaskError
-from vllm_s2o.quality.tasks.run import measure
+from vllm_s2o.quality.tasks.run import Sources, measure, processes
 
 LENGTHS = (1600, 2000)
 TASKS = ("niah_single_1", "niah_multivalue")
@@ -33,6 +33,12 @@ def told(tokens: int, visited: int, causal: int) -> str:
 def no_waiting(monkeypatch):
     monkeypatch.setattr(backends, "LOG_INTERVAL", 0)
     monkeypatch.setattr(client, "WAIT_SECONDS", 0)
+
+
+@pytest.fixture(autouse=True)
+def prompts_are_made_here(monkeypatch):
+    """Where tests see them, on a machine of many cores too."""
+    monkeypatch.setattr(run, "processes", lambda: 0)
 
 
 @pytest.fixture
@@ -77,6 +83,30 @@ def rows(path) -> list[dict[str, str]]:
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_that_other_processes_make_are_the_same(framing):
+    """In whatever order they are asked for, more of them than were announced, and a failure where it is asked for."""
+    ahead, plain = Sources(framing, 3, processes=1), Sources(framing, 3)
+    try:
+        ahead.ahead("niah_multivalue", 2000, range(3))
+        ahead.ahead("niah_single_1", 1600, range(2))
+        ahead.ahead("cwe", 40, [0])
+        for task, length, indices in ((TASKS[0], 1600, [1, 0]), (TASKS[1], 2000, [0, 1, 2, 3]), (TASKS[1], 2000, [2])):
+            made = ahead.prompts(task, length, indices)
+            for mine, other in zip(made, plain.prompts(task, length, indices), strict=True):
+                assert (mine.key, mine.ids, mine.room) == (other.key, other.ids, other.room)
+                assert mine.score.keywords == other.score.keywords
+        with pytest.raises(TaskError, match="The task cwe does not fit into 40 tokens"):
+            ahead.prompts("cwe", 40, [0])
+    finally:
+        ahead.close()
+
+
+@pytest.mark.parametrize(("cores", "making"), [(2, 0), (4, 0), (16, 12), (None, 0)])
+def test_few_cores_make_no_prompts_ahead(monkeypatch, cores, making):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert processes() == making
 
 
 def test_the_table(checkpoint, served, tmp_path):

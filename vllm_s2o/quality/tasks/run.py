@@ -1,7 +1,10 @@
 """All prompts to all backends, as far as they are not answered yet, and the table of what they answered."""
 
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -16,7 +19,15 @@ from .prompt import Framing, Prompt, TaskError
 
 LENGTHS = (1024, 2048, 4096, 8192)
 BATCH = 8
-"""Prompts that are asked before their answers are kept."""
+"""Prompts, for each request at a time, that are asked before their answers are kept."""
+SPARE_CORES = 4
+"""Of a machine, for the server and for asking; the others make prompts."""
+
+
+def processes() -> int:
+    """How many make prompts ahead. A long one is tokenised some times over until it fits, which takes longer than a GPU
+    takes to answer it; where cores are few, they compute the model, and prompts are made between requests."""
+    return max((os.cpu_count() or 1) - SPARE_CORES, 0)
 
 
 class Sources:
@@ -24,21 +35,56 @@ class Sources:
 
     Args:
         files: external samples; all other tasks are generated.
+        processes: how many generate prompts that `ahead` names; without any they are made when they are asked for.
     """
 
-    def __init__(self, framing: Framing, seed: int, files: Iterable[File] = ()):
+    def __init__(self, framing: Framing, seed: int, files: Iterable[File] = (), processes: int = 0):
         self.framing, self.seed = framing, seed
         self.files = {file.task: file for file in files}
         self._made: dict[tuple[str, int, int], Prompt] = {}
+        self._coming: dict[tuple[str, int, int], Future[Prompt]] = {}
+        self._pool: ProcessPoolExecutor | None = None
+        if processes:
+            # What this process's threads hold must not be copied into others.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(processes, context, _use, (framing, seed))
+
+    def ahead(self, task: str, length: int, indices: Iterable[int]) -> None:
+        """These will be asked for, in this order."""
+        if self._pool is None or task in self.files:
+            return
+        for key in ((task, length, index) for index in indices):
+            if key not in self._made and key not in self._coming:
+                self._coming[key] = self._pool.submit(_make, *key)
 
     def prompts(self, task: str, length: int, indices: Sequence[int]) -> list[Prompt]:
         new = [index for index in indices if (task, length, index) not in self._made]
+        coming = [future for index in new if (future := self._coming.pop((task, length, index), None))]
+        self._made |= {made.key: made for made in (future.result() for future in coming)}
+        new = [index for index in new if (task, length, index) not in self._made]
         if task in self.files:
             made = self.files[task].prompts(length, new, self.framing)
         else:
             made = suite.prompts(task, length, new, self.framing, self.seed)
         self._made |= {prompt.key: prompt for prompt in made}
         return [self._made[task, length, index] for index in indices]
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+_given: list[tuple[Framing, int]] = []
+"""In a process that makes prompts: how, and by which seed."""
+
+
+def _use(framing: Framing, seed: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are processes enough
+    _given[:] = [(framing, seed)]
+
+
+def _make(task: str, length: int, index: int) -> Prompt:
+    return suite.prompt(task, length, index, *_given[0])
 
 
 def ask(backend: str, asked: Backend, sources: Sources, left: dict[table.Group, list[int]], answers: Answers) -> None:
@@ -49,6 +95,9 @@ def ask(backend: str, asked: Backend, sources: Sources, left: dict[table.Group, 
     """
     from tqdm import tqdm
 
+    for group, indices in left.items():
+        sources.ahead(*group, indices)
+    batch = BATCH * asked.client.concurrency
     longest = max(length for _, length in left)
     if asked.client.longest is not None and longest > asked.client.longest:
         raise TaskError(f"{asked.client.url} takes {asked.client.longest} tokens at most, not {longest}.")
@@ -58,8 +107,8 @@ def ask(backend: str, asked: Backend, sources: Sources, left: dict[table.Group, 
     with tqdm(total=tokens, bar_format=shown, smoothing=0) as bar:
         for (task, length), indices in left.items():
             bar.set_description(f"{backend}, {task} at {length}")
-            for first in range(0, len(indices), BATCH):
-                prompts = sources.prompts(task, length, indices[first : first + BATCH])
+            for first in range(0, len(indices), batch):
+                prompts = sources.prompts(task, length, indices[first : first + batch])
                 given, pairs = asked.ask(prompts)
                 answers.add(backend, [(p.key, a) for p, a in zip(prompts, given, strict=True)], pairs)
                 bar.update(length * len(prompts))
@@ -133,14 +182,17 @@ def measure(
         "Python": ".".join(map(str, sys.version_info[:2])),  # whose documentation the text is
     }  # fmt: skip
     answers = Answers(out.with_name(out.name + ".parts.jsonl"), settings)
-    sources = Sources(framing, seed, files)
+    sources = Sources(framing, seed, files, processes())
 
     def open_backend(backend: str) -> AbstractContextManager[Backend]:
         if url:
             return running(url, name, log, concurrency)
         return started(backend, model, [*extension(source, longest), *server], logs, concurrency)
 
-    _ask_all(backends, open_backend, sources, groups, answers)
+    try:
+        _ask_all(backends, open_backend, sources, groups, answers)
+    finally:
+        sources.close()
     shown = Path(model).resolve().name + (f" (YaRN x{source.rope_factor:g})" if source.rope_factor > 1 else "")
     compared = [*backends, *({table.REFERENCE} if url and _complete(answers, groups) else ())]
     found = table.rows(answers, list(dict.fromkeys(compared)), groups)
