@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 
 import pytest
 import sanitize_cases as cases
@@ -16,12 +17,35 @@ case "$*" in
 esac
 """
 
+PYTHON = f"""#!/bin/sh
+case "$*" in
+    *hazards.py*) exec {sys.executable} "$@" ;;
+    *) echo 'H100, torch 2, triton 3' ;;
+esac
+"""
+
+
+def hazard(write: int, read: int) -> str:
+    """As racecheck tells it of the Gluon kernel's lines."""
+    told = "Error: Potential RAW hazard detected at __shared__ 0x205a0 in block (4,0,0) :"
+    places = (
+        f"    Write Thread (31,0,0) at _attend+0x14c30 in hopper.py:{write}",
+        f"    Read Thread (224,0,0) at _attend+0x41a0 in hopper.py:{read}",
+    )
+    return "\n".join(f"========= {line}" for line in (told, *places))
+
+
+def place(part: str) -> int:
+    """Number of the first line of the Gluon kernel that holds this."""
+    lines = (ROOT / "kernels" / "hopper.py").read_text().splitlines()
+    return next(number for number, line in enumerate(lines, 1) if part in line)
+
 
 def sanitize(directory, bad="none", said="", status=0, **environment):
     """The script, with a sanitizer and a Python that only say so."""
     tool, python = directory / "compute-sanitizer", directory / "python"
     tool.write_text(SANITIZER.format(bad=bad, said=said, status=status))
-    python.write_text("#!/bin/sh\necho 'H100, torch 2, triton 3'\n")
+    python.write_text(PYTHON)
     for program in (tool, python):
         program.chmod(0o755)
     env = os.environ | {
@@ -51,6 +75,32 @@ def test_errors_are_kept_and_fail(tmp_path, bad, status, said):
     written = (tmp_path / "out.txt").read_text()
     assert "Invalid __global__ read" in written
     assert f"{bad}: {said}" in written and written.count("no errors") == 1
+
+
+VERDICT = place("verdict.index(side + half).store"), place("verdict.index(side).load")
+RING = place("stage = i % STAGES"), place("stage = i % STAGES") + 1
+
+
+@pytest.mark.parametrize(
+    ("hazards", "errors", "fine"),
+    [
+        ([VERDICT], 1, True),
+        ([VERDICT, (VERDICT[0], place("def _attend("))], 2, False),  # of two kinds
+        ([VERDICT, (place("def _attend(") - 1,) * 2], 2, True),
+        ([VERDICT, RING], 2, False),
+        ([VERDICT], 7, False),  # six that were not shown
+        ([], 0, False),
+    ],
+)
+def test_hazards_that_a_barrier_orders_are_told_apart(tmp_path, hazards, errors, fine):
+    summary = f"========= RACECHECK SUMMARY: {len(hazards)} hazards displayed ({errors} errors, 0 warnings)"
+    done = sanitize(tmp_path, "racecheck", "\n".join([*(hazard(*lines) for lines in hazards), summary]), 9)
+    written = (tmp_path / "out.txt").read_text()
+    assert done.returncode == (0 if fine else 1), written
+    assert ("racecheck: no errors but what it cannot follow, above" in written) == fine
+    if hazards:
+        assert "halves meet at `met` between the two" in written
+        assert f"{errors} hazards, {0 if fine else errors - 1} of them unknown" in written
 
 
 def test_without_a_sanitizer_it_says_what_it_needs(tmp_path):
