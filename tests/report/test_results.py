@@ -119,6 +119,13 @@ def test_figures_that_cannot_be_compared_have_charts_of_their_own(tmp_path):
     assert len([b for b in named(drawn(tmp_path), "b") if b.words == "Time to the first token"]) == 4
 
 
+def test_all_prompts_at_once_have_a_row_and_no_chart(tmp_path):
+    write(tmp_path, "serving.csv", SERVING | {"tool": "bench throughput", "concurrency": "", "ttft_ms_p50": ""})
+    found = drawn(tmp_path)
+    assert "all" in [cell.words for cell in named(found, "td")]
+    assert not [b for b in named(found, "b") if b.words == "Time to the first token"]
+
+
 def test_charts_of_one_layer_hold_one_gpu_and_one_shape(tmp_path):
     others = [ATTENTION | {"gpu": "H200", "ms_p50": "1.0"}, ATTENTION | {"shape": "captured", "ms_p50": "1.5"}]
     write(tmp_path, "attention.csv", ATTENTION, *others)

@@ -9,6 +9,7 @@ from typing import Any
 
 TEXT, COUNT, FIGURE = "text", "a whole number from 1", "a number from 0"
 MAYBE, SIGNED = "a number from 0, or nothing", "a number, or nothing"
+MAYBE_COUNT = "a whole number from 1, or nothing"
 
 FILES: dict[str, dict[str, str]] = {
     "attention.csv": {
@@ -22,7 +23,7 @@ FILES: dict[str, dict[str, str]] = {
     },
     "serving.csv": {
         "gpu": TEXT, "vllm": TEXT, "date": TEXT, "commit": TEXT, "model": TEXT, "backend": TEXT, "tool": TEXT,
-        "prompt_len": COUNT, "output_len": COUNT, "concurrency": COUNT, "prompts": COUNT, "ttft_ms_p50": MAYBE,
+        "prompt_len": COUNT, "output_len": COUNT, "concurrency": MAYBE_COUNT, "prompts": COUNT, "ttft_ms_p50": MAYBE,
         "tpot_ms_p50": MAYBE, "tokens_per_s": MAYBE, "density": MAYBE,
     },
     "tasks.csv": {
@@ -93,15 +94,15 @@ def _row(path: Path, number: int, row: Mapping[str, str | None], columns: Mappin
         if text is None:
             raise ResultsError(f"{path}, row {number}, is shorter than the line of names.")
         found[name] = text if kind == TEXT else _number(text, kind)
-        if found[name] is None and (text or kind not in (MAYBE, SIGNED)):
+        if found[name] is None and (text or kind not in (MAYBE, SIGNED, MAYBE_COUNT)):
             raise ResultsError(f"{path}, row {number}: '{text[:40]}' in the column {name} is not {kind}.")
     return found
 
 
 def _number(text: str, kind: str) -> float | int | None:
     try:
-        value = int(text) if kind == COUNT else float(text)
+        value = int(text) if kind in (COUNT, MAYBE_COUNT) else float(text)
     except ValueError:
         return None
-    least = 1 if kind == COUNT else -math.inf if kind == SIGNED else 0
+    least = 1 if kind in (COUNT, MAYBE_COUNT) else -math.inf if kind == SIGNED else 0
     return value if math.isfinite(value) and value >= least else None

@@ -142,9 +142,9 @@ def serving(rows: Sequence[Row]) -> Markup:
     )  # fmt: skip
     cells = [
         (
-            name_of(row["backend"]), row["tool"], f"{row['prompt_len']:,}", row["output_len"], row["concurrency"],
-            figure(row["ttft_ms_p50"]), figure(row["tpot_ms_p50"]), figure(row["tokens_per_s"]),
-            percent(row["density"]),
+            name_of(row["backend"]), row["tool"], f"{row['prompt_len']:,}", row["output_len"],
+            row["concurrency"] or "all", figure(row["ttft_ms_p50"]), figure(row["tpot_ms_p50"]),
+            figure(row["tokens_per_s"]), percent(row["density"]),
         )
         for row in rows
     ]  # fmt: skip
