@@ -13,14 +13,15 @@ from pathlib import Path
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 ORDERED = {
-    ("hopper.py", "verdict.index("): "halves meet at `met` between the two",
-    ("hopper.py", "def _attend("): "Triton's own: what a block's warps shall do, before they begin",
+    ("RAW", "verdict.index(side + half).store(", "verdict.index(side"): "halves meet at `met` between the two",
+    ("RAW", "def _attend(", "def _attend("): "Triton's own: what a block's warps shall do, before they begin",
 }
-"""By file and a part of the line: what orders accesses there that racecheck takes for a race."""
+"""By kind, and parts of the lines that write and read: what orders two accesses that racecheck takes for a race."""
 HAZARD = re.compile(
-    r"Potential (\w+) hazard detected at __shared__ .*\n"
-    r"=+\s+(Write|Read) Thread .* in (\S+?):(\d+)\n=+\s+(Write|Read) Thread .* in (\S+?):(\d+)"
+    r"(Error|Warning): Potential (\w+) hazard detected at __shared__ .*\n"
+    r"=+\s+(?:Write|Read) Thread .* in (\S+?):(\d+)\n=+\s+(?:Write|Read) Thread .* in (\S+?):(\d+)"
 )
+SUMMARY = re.compile(r"RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) errors?, (\d+) warnings?\)")
 
 
 def line(file: str, number: int) -> str:
@@ -34,29 +35,26 @@ def line(file: str, number: int) -> str:
     return found
 
 
-def reason(file: str, number: int) -> str | None:
+def reason(kind: str, first: str, second: str) -> str | None:
+    """What orders an access on one line and a later one on another."""
     return next(
-        (why for (name, part), why in ORDERED.items() if Path(file).name == name and part in line(file, number)), None
+        (why for (of, one, other), why in ORDERED.items() if of == kind and one in first and other in second), None
     )
 
 
 def main() -> None:
     report = Path(sys.argv[1]).read_text(errors="replace")
-    found = Counter(
-        (kind, first, Path(one).name, int(at), second, Path(other).name, int(there))
-        for kind, first, one, at, second, other, there in HAZARD.findall(report)
-    )
-    counted = re.search(r"RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) errors?", report)
-    said = int(counted[1]) if counted else 0
-    new = said - found.total()
-    for (kind, first, one, at, second, other, there), count in found.most_common():
-        why = reason(one, at)
-        known = why is not None and why == reason(other, there)
-        new += 0 if known else count
-        places = f"{first.lower()} at {one}:{at}, {second.lower()} at {other}:{there}"
-        print(f"{count} x {kind}: {places}: {why if known else 'UNKNOWN'}")
-    print(f"{said} hazards, {new} of them unknown")
-    sys.exit(1 if new or not said else 0)
+    found = Counter(HAZARD.findall(report))
+    unknown = 0
+    for (level, kind, one, at, other, there), count in found.most_common():
+        why = reason(kind, line(one, int(at)), line(other, int(there)))
+        unknown += 0 if why else count
+        places = f"{Path(one).name}:{at}, then {Path(other).name}:{there}"
+        print(f"{count} x {kind} ({level.lower()}) at {places}: {why or 'UNKNOWN'}")
+    said = sum(int(count) for counts in SUMMARY.findall(report) for count in counts)
+    missing = said - found.total()
+    print(f"{said} hazards, {unknown} of them unknown, {missing} not shown")
+    sys.exit(1 if unknown or missing or not said else 0)
 
 
 if __name__ == "__main__":

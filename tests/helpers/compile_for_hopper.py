@@ -5,10 +5,10 @@ A process of its own, because tests without a GPU have Triton's interpreter, whi
 """
 
 import math
-import re
 
 import torch
 import triton
+from barriers import check_barriers
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -43,20 +43,6 @@ def compile_for_hopper(kernel, constants: dict, dtype: str = "bf16", language=Gl
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     check_barriers(compiled.asm["ptx"])
     return compiled.metadata.shared
-
-
-def check_barriers(ptx: str) -> None:
-    """Nothing else may use the eight bytes of a barrier in shared memory, even if nobody waits for it: where processes
-    share the GPU, what a kernel writes there may come back changed (`benchmarks/lab.md`)."""
-    offsets = {name: int(at) for name, at in re.findall(r"add\.s32\s+(%r\d+), %r\d+, (\d+);", ptx)}
-    offsets["global_smem"] = 0
-    begun = {offsets[name] for name in re.findall(r"mbarrier\.init\.shared::cta\.b64 \[(%r\d+)\]", ptx)}
-    accesses = re.findall(r"(?:st|ld)\.shared\S*\s.*?\[\s*([%\w]+)\s*(?:\+\s*(\d+))?\s*\]", ptx)
-    used = {offsets[name] + int(more or 0) for name, more in accesses if name in offsets}
-    if "mbarrier" in ptx and not (begun and used):
-        raise SystemExit("no barrier was found, or nothing else in shared memory: is PTX written otherwise now?")
-    if both := {at for at in used for barrier in begun if barrier <= at < barrier + 8}:
-        raise SystemExit(f"barriers share their memory at {sorted(both)}")
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from barriers import check_barriers
 from cases import DEVICE, error_bar, make_case
 
 from vllm_s2o import S2OParams, attention, prefill_attention
@@ -246,6 +247,38 @@ def test_compiled_for_a_hopper_gpu():
     assert 0 < int(shared["attend_other"]) < int(shared["attend"]) <= 227 * 1024
     assert 0 < int(shared["score_128"]) < int(shared["score_256"]) <= 227 * 1024
     assert int(shared["count"]) == int(shared["place"]) == 0
+
+
+PTX = """
+    add.s32 \t%r1, %r9, 81920;
+    @%p1 mbarrier.init.shared::cta.b64 [%r1], 1;
+    add.s32 \t%r2, %r9, 82000;
+    st.shared.b32 [%r2 + 0], %r5;
+    ld.shared.v2.b32 {{%r6, %r7}}, [%r8+{other}];
+    st.shared.b32 \t[{last}], 0;
+"""
+
+
+@pytest.mark.parametrize(
+    ("other", "last", "shared"),
+    [
+        (81924, "global_smem+81928", None),  # a thread's own place, of which nothing is known
+        (81920, "global_smem+82004", 81920),
+        (82100, "global_smem+81924", 81924),
+        (82100, "%r1+4", 81924),
+    ],
+)
+def test_a_barrier_that_shares_its_memory_is_found(other, last, shared):
+    ptx = PTX.format(other=other, last=last)
+    if shared is None:
+        return check_barriers(ptx)
+    with pytest.raises(SystemExit, match=rf"barriers share their memory at \[{shared}\]"):
+        check_barriers(ptx)
+
+
+def test_ptx_without_a_barrier_that_is_found_is_refused():
+    with pytest.raises(SystemExit, match="no barrier was found"):
+        check_barriers(PTX.format(other=1, last="%r1").replace("mbarrier.init.shared::cta", "mbarrier.init.shared"))
 
 
 def test_giving_up_leaves_the_triton_kernels(monkeypatch):

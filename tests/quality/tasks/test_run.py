@@ -11,7 +11,7 @@ from vllm_s2o.quality.tasks import backends, client, command, longbench, run, su
 from vllm_s2o.quality.tasks.answers import Answers
 from vllm_s2o.quality.tasks.backends import Backend
 from vllm_s2o.quality.tasks.client import Client
-from vllm_s2o.quality.tasks.prompt import Prompt, TaskError
+from vllm_s2o.quality.tasks.prompt import Framing, Prompt, TaskError
 from vllm_s2o.quality.tasks.run import Sources, measure, processes
 
 LENGTHS = (1600, 2000)
@@ -103,9 +103,22 @@ def test_prompts_that_other_processes_make_are_the_same(framing):
         ahead.close()
 
 
-@pytest.mark.parametrize(("cores", "making"), [(2, 0), (4, 0), (16, 12), (None, 0)])
+def test_where_no_process_can_make_prompts_they_are_made_here(framing, capsys):
+    """As where a tokenizer has code of its own."""
+    odd = Framing(framing.tokenizer)
+    odd.chat = lambda: True  # which no other process can be given
+    ahead = Sources(odd, 3, processes=1)
+    try:
+        ahead.ahead(TASKS[0], 1600, range(2))
+        assert [made.index for made in ahead.prompts(TASKS[0], 1600, [0, 1])] == [0, 1]
+    finally:
+        ahead.close()
+    assert capsys.readouterr().err.startswith("Prompts are made one after the other: ")
+
+
+@pytest.mark.parametrize(("cores", "making"), [(1, 0), (2, 0), (4, 0), (10, 6), (128, 12)])
 def test_few_cores_make_no_prompts_ahead(monkeypatch, cores, making):
-    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
     assert processes() == making
 
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -20,14 +21,14 @@ from .prompt import Framing, Prompt, TaskError
 LENGTHS = (1024, 2048, 4096, 8192)
 BATCH = 8
 """Prompts, for each request at a time, that are asked before their answers are kept."""
-SPARE_CORES = 4
-"""Of a machine, for the server and for asking; the others make prompts."""
+SPARE_CORES, MOST = 4, 12
+"""Cores for the server and for asking, of those that this process may use, and the most that make prompts."""
 
 
 def processes() -> int:
     """How many make prompts ahead. A long one is tokenised some times over until it fits, which takes longer than a GPU
     takes to answer it; where cores are few, they compute the model, and prompts are made between requests."""
-    return max((os.cpu_count() or 1) - SPARE_CORES, 0)
+    return min(max(len(os.sched_getaffinity(0)) - SPARE_CORES, 0), MOST)
 
 
 class Sources:
@@ -53,14 +54,16 @@ class Sources:
         """These will be asked for, in this order."""
         if self._pool is None or task in self.files:
             return
-        for key in ((task, length, index) for index in indices):
-            if key not in self._made and key not in self._coming:
-                self._coming[key] = self._pool.submit(_make, *key)
+        try:
+            for key in ((task, length, index) for index in indices):
+                if key not in self._made and key not in self._coming:
+                    self._coming[key] = self._pool.submit(_make, *key)
+        except Exception as error:  # whatever a tokenizer says that no other process can be given
+            self._do_without(error)
 
     def prompts(self, task: str, length: int, indices: Sequence[int]) -> list[Prompt]:
         new = [index for index in indices if (task, length, index) not in self._made]
-        coming = [future for index in new if (future := self._coming.pop((task, length, index), None))]
-        self._made |= {made.key: made for made in (future.result() for future in coming)}
+        self._take([future for index in new if (future := self._coming.pop((task, length, index), None))])
         new = [index for index in new if (task, length, index) not in self._made]
         if task in self.files:
             made = self.files[task].prompts(length, new, self.framing)
@@ -68,6 +71,23 @@ class Sources:
             made = suite.prompts(task, length, new, self.framing, self.seed)
         self._made |= {prompt.key: prompt for prompt in made}
         return [self._made[task, length, index] for index in indices]
+
+    def _take(self, coming: list[Future[Prompt]]) -> None:
+        try:
+            for future in coming:
+                made = future.result()
+                self._made[made.key] = made
+        except TaskError:
+            raise
+        except Exception as error:  # a process that was killed, or could not begin
+            self._do_without(error)
+
+    def _do_without(self, error: Exception) -> None:
+        """What is missing is made in this process."""
+        print(f"Prompts are made one after the other: {type(error).__name__}, {error}", file=sys.stderr)
+        self.close()
+        self._pool = None
+        self._coming.clear()
 
     def close(self) -> None:
         if self._pool is not None:
@@ -79,6 +99,7 @@ _given: list[tuple[Framing, int]] = []
 
 
 def _use(framing: Framing, seed: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the first process ends these
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are processes enough
     _given[:] = [(framing, seed)]
 
@@ -95,12 +116,12 @@ def ask(backend: str, asked: Backend, sources: Sources, left: dict[table.Group, 
     """
     from tqdm import tqdm
 
-    for group, indices in left.items():
-        sources.ahead(*group, indices)
     batch = BATCH * asked.client.concurrency
     longest = max(length for _, length in left)
     if asked.client.longest is not None and longest > asked.client.longest:
         raise TaskError(f"{asked.client.url} takes {asked.client.longest} tokens at most, not {longest}.")
+    for group, indices in left.items():
+        sources.ahead(*group, indices)
     # Tokens, not prompts: the longer the later. Attention to long ones makes them take still longer.
     tokens = sum(length * len(indices) for (_, length), indices in left.items())
     shown = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left"
