@@ -1,5 +1,5 @@
 # make serve    everything needed, then a model on port 8000 with S2O prefill
-# make test     everything needed, then all tests
+# make test     everything needed, then the tests; make soak runs the long ones
 # make check    everything needed, then lint, format and types
 
 PYTHON ?= python3
@@ -42,7 +42,7 @@ export PYTHONSAFEPATH = 1
 SHELL = /bin/bash
 .SHELLFLAGS = -euo pipefail -c
 .ONESHELL:
-.PHONY: help serve serve-command check test test-fast test-matrix test-peers soak load chunks sanitize bench \
+.PHONY: help serve serve-command check test test-long test-fast test-matrix test-peers soak load chunks sanitize bench \
 	bench-attention bench-serving quality frontier tasks docs needs-gpu install discard clean
 
 help: ## list what there is to make
@@ -60,11 +60,14 @@ serve-command:
 # process with Triton's interpreter. On a GPU, tests of one would take memory while a server of the other measures it.
 PARALLEL = $(if $(GPU),,--numprocesses 2)
 
-test: $(INSTALLED) $(SMOLLM2)/prepared.txt ## run all tests
-	@.venv/bin/pytest $(PARALLEL)
+test: $(INSTALLED) $(SMOLLM2)/prepared.txt ## run the tests, but the long ones
+	@.venv/bin/pytest $(PARALLEL) -m "not long"
+
+test-long: $(INSTALLED) $(SMOLLM2)/prepared.txt ## run the long tests: examples with whole models and servers
+	@.venv/bin/pytest $(PARALLEL) -m long
 
 test-fast: $(INSTALLED) ## run the tests that start no server
-	@.venv/bin/pytest $(PARALLEL) -m "not serving"
+	@.venv/bin/pytest $(PARALLEL) -m "not serving and not long"
 
 check: .venv/checkers ## check lint, format and types
 	@.venv/bin/ruff check .
@@ -77,7 +80,7 @@ test-matrix: $(INSTALLED) ## check what is used of vLLM in its sources of severa
 
 # What `make test` looks at briefly: EXAMPLES problems that hypothesis thinks of, some ten minutes on a CPU.
 EXAMPLES = 2000
-soak: load ## thousands of random problems against the oracle, and `make load`: EXAMPLES=
+soak: load test-long ## thousands of random problems against the oracle, `make load` and `make test-long`: EXAMPLES=
 	@VLLM_S2O_EXAMPLES=$(EXAMPLES) .venv/bin/pytest $(PARALLEL) --timeout 7200 tests/attention/test_differential.py \
 		tests/attention/test_faults.py tests/attention/test_overflow.py
 

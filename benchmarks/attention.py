@@ -13,7 +13,7 @@ waits on the device. What fails has a row with the reason and without figures.
 Inputs are made, and S2O's threshold is searched so that the stop rule itself lands on the density. With --model there
 are also captured ones: queries, keys and values of some of its layers on a real text. On these S2O runs at the
 thresholds of the config that ships for the model, and the density is what results. With --fp8 made inputs are measured
-once more, rounded to fp8, at the same thresholds; errors are those from exact attention of what was rounded.
+once more, rounded to fp8, at the same thresholds; errors are those from exact attention of the inputs before rounding.
 
 A peer, from a checkout of its own project, has a row at its own defaults and one at matched error: its parameter is
 searched until it errs as S2O's first row of the problem does, within 10 %. Where it cannot run, its row says why.

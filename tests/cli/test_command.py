@@ -112,7 +112,12 @@ def servers(line: str) -> bool:
     return line.split()[1] == "bench"
 
 
-@pytest.mark.parametrize("line", sorted(line for line in EXAMPLES | README | DOCS if not servers(line)))
+def marked(line: str):
+    """Lines that run a whole model some times over are for `make soak`."""
+    return pytest.param(line, marks=pytest.mark.long) if line.split()[1] in ("calibrate", "evaluate") else line
+
+
+@pytest.mark.parametrize("line", [marked(line) for line in sorted(EXAMPLES | README | DOCS) if not servers(line)])
 def test_examples_work(script, line):
     """As they stand, where a checkout's user would type them."""
     ended = script(line)

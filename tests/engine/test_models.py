@@ -42,7 +42,12 @@ def reasons(told: list[str]) -> set[tuple[str, str]]:
     return {(line[1], layer) for line in found if line for layer in line[2].split(",")}
 
 
-@pytest.mark.parametrize("kind", MODELS)
+LIKE_LLAMA = ("mistral", "qwen2")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.long] * (kind in LIKE_LLAMA)) for kind in MODELS]
+)
 def test_models(kind, tmp_path, witness, told):
     if kind == "qwen3_moe" and not engines.CPU:
         from vllm import _custom_ops  # noqa: F401, loads vLLM's kernels

@@ -12,7 +12,7 @@ from serving import KV_CACHE, write_small
 
 from vllm_s2o.cli.main import cli
 
-pytestmark = pytest.mark.serving
+pytestmark = [pytest.mark.serving, pytest.mark.long]
 SPARSE = '{"s2o": {"min_seq_len": 512, "segment_len": 256, "budget": 0.1}}'
 
 

@@ -27,6 +27,7 @@ def test_bench_serve(s2o, model, tmp_path):
 UNI = ["--distributed-executor-backend", "uni"]
 
 
+@pytest.mark.long
 def test_bench_throughput(model, monkeypatch, tmp_path):
     """In the processes that it starts by itself."""
     row = bench("throughput", ["--prompts", "2"], [], model, monkeypatch, tmp_path)
