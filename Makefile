@@ -111,10 +111,11 @@ test-peers: $(INSTALLED) ## check our forms of other methods against released co
 bench: bench-attention bench-serving ## on a GPU: both benchmarks, into benchmarks/results/
 
 # The scripts stand beside what they import, which PYTHONSAFEPATH would hide.
-bench-attention: needs-gpu $(INSTALLED) ## one layer's attention beside other kernels; PEERS="pbs=PATH ..." adds peers
+bench-attention: needs-gpu $(SMOLLM2)/prepared.txt ## one layer's attention beside other kernels; PEERS="pbs=PATH ..." adds peers
 	@.venv/bin/pip install --quiet --disable-pip-version-check --editable ".[bench]"
 	unset PYTHONSAFEPATH
-	.venv/bin/python benchmarks/attention.py --out benchmarks/results/attention.csv $(PEERS:%=--peer %)
+	.venv/bin/python benchmarks/attention.py --out benchmarks/results/attention.csv --fp8 $(PEERS:%=--peer %) $(if $(PEERS),--peer-at 32768 131072)
+	.venv/bin/python benchmarks/attention.py --out benchmarks/results/attention.csv --add --at --model $(SMOLLM2)
 	.venv/bin/python benchmarks/plot.py benchmarks/results/attention.csv --out benchmarks/results/attention.png
 
 BENCHED = $(SMOLLM2) --shape llama-3.1-8b --tokens 32768 131072 --providers s2o_budget_10 flash_attn \
@@ -122,7 +123,7 @@ BENCHED = $(SMOLLM2) --shape llama-3.1-8b --tokens 32768 131072 --providers s2o_
 
 bench-serving: needs-gpu $(SMOLLM2)/prepared.txt ## whole servers and engines, S2O and FLASH_ATTN
 	@unset PYTHONSAFEPATH
-	.venv/bin/python benchmarks/serving.py latency $(BENCHED) --concurrency 1 8 --prompts 3 --also short decode
+	.venv/bin/python benchmarks/serving.py latency $(BENCHED) --concurrency 1 8 --prompts 8 --also short decode
 	.venv/bin/python benchmarks/serving.py ttft $(BENCHED) --add
 	.venv/bin/python benchmarks/serving.py throughput $(BENCHED) --prompts 8 --add
 

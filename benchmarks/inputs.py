@@ -8,6 +8,7 @@ The bump is made of a few frequencies, as rotary embeddings make it. Importance 
 share of the keys holds all of the mass: how much of it is visited is left to the threshold.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -133,21 +134,37 @@ def in_pages(
 
 def in_fp8(problem: Problem) -> Problem:
     """The problem as vLLM hands it over beside caches in fp8 (e4m3): queries too, with one scale each for all of them,
-    of all keys and of all values. Keys and values in order keep their type."""
+    of all keys and of all values. Keys and values in order keep their type.
+
+    Scales are powers of two, so that 16 bits hold what the numbers stand for: `from_fp8`."""
     largest = torch.finfo(torch.float8_e4m3fn).max
 
-    def rounded(*tensors: torch.Tensor) -> tuple[float, list[torch.Tensor]]:
-        scale = max(tensor.abs().max().item() for tensor in tensors) / largest
-        return scale, [(tensor.float() / scale).to(torch.float8_e4m3fn) for tensor in tensors]
+    def rounded(tensor: torch.Tensor) -> tuple[float, torch.Tensor]:
+        scale = 2.0 ** math.ceil(math.log2(tensor.abs().max().item() / largest))
+        return scale, (tensor.float() / scale).to(torch.float8_e4m3fn)
 
-    of_query, (query,) = rounded(problem.query)
-    of_key, (key_cache,) = rounded(problem.key_cache)
-    of_value, (value_cache,) = rounded(problem.value_cache)
+    of_query, query = rounded(problem.query)
+    of_key, key_cache = rounded(problem.key_cache)
+    of_value, value_cache = rounded(problem.value_cache)
     key_cache, value_cache = torch.cat([key_cache, value_cache], -1).split(problem.shape.head_size, -1)
     return replace(
         problem, shape=replace(problem.shape, name=f"{problem.shape.name}, fp8"), query=query, key_cache=key_cache,
         value_cache=value_cache, scales=(of_query, of_key, of_value), exact=problem,
     )  # fmt: skip
+
+
+def from_fp8(problem: Problem) -> Problem:
+    """What the numbers of such a problem stand for, in its former type. Keys and values in order are not rounded."""
+    assert problem.exact is not None
+    dtype = problem.exact.query.dtype
+    query, key_cache, value_cache = (
+        tensor.to(dtype) * scale
+        for tensor, scale in zip(
+            (problem.query, problem.key_cache, problem.value_cache), problem.scales, strict=True
+        )
+    )  # fmt: skip
+    key_cache, value_cache = torch.cat([key_cache, value_cache], -1).split(problem.shape.head_size, -1)
+    return replace(problem.exact, query=query, key_cache=key_cache, value_cache=value_cache)
 
 
 def exact_rows(problem: Problem, rows: torch.Tensor) -> torch.Tensor:

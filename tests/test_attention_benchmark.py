@@ -82,6 +82,15 @@ def test_what_is_rounded_to_fp8_stays_near(modules, problem):
     assert mine.run().sum() == mine.causal
     assert mine.out.dtype == problem.value.dtype
     assert 1e-5 < modules[2].relative_error(mine.out, exact, rows) < modules[2].FP8_ERROR
+    wide = modules[0].from_fp8(rounded)
+    for numbers, scale, stand_for in zip(
+        (rounded.query, rounded.key_cache, rounded.value_cache), rounded.scales,
+        (wide.query, wide.key_cache, wide.value_cache), strict=True,
+    ):  # fmt: skip
+        assert torch.equal(numbers.double() * scale, stand_for.double())
+    same = modules[1].S2O(wide, S2OParams(threshold=0.0))
+    same.run()
+    torch.testing.assert_close(mine.out, same.out, rtol=1e-4, atol=1e-5)
 
 
 def test_points_are_parsed(modules):
