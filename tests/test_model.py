@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from models import inspected_here
 from vllm.config import ModelConfig
 
 from vllm_s2o import compat, model, settings
@@ -74,7 +75,8 @@ SHAPES = {
 @pytest.mark.parametrize("fields", SHAPES.values(), ids=SHAPES)
 def test_vllm_reads_the_same(write, fields):
     directory = write(fields)
-    theirs = ModelConfig(model=str(directory), skip_tokenizer_init=True, dtype="float32", max_model_len=128)
+    with inspected_here():
+        theirs = ModelConfig(model=str(directory), skip_tokenizer_init=True, dtype="float32", max_model_len=128)
     assert settings.traits_of(model.read(str(directory))) == settings.traits_of(theirs)
 
 

@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import causal_lm
 import torch
+from models import inspected_here
 from vllm.platforms import current_platform
 
 from vllm_s2o import attention
@@ -110,6 +111,8 @@ def engine(model: Path, s2o: dict | None, **more):
     # On a CPU vLLM puts a function of its own in PyTorch's place.
     patches.enter_context(patch.object(torch, "set_num_threads", torch.set_num_threads))
     patches.enter_context(_overridden_once())
+    if CPU:
+        patches.enter_context(inspected_here())
     with patches:
         llm = LLM(**options(model, s2o, **more))
         try:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
@@ -15,3 +16,9 @@ def write_smollm2(directory: Path, **changes) -> str:
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(SMOLLM2 | changes))
     return str(directory)
+
+
+def inspected_here():
+    """Within this, vLLM looks at models' classes in this process. It would take another one, so that CUDA is not begun
+    too early, which takes ten seconds for each class that its cache on disk does not know yet."""
+    return patch("vllm.model_executor.models.registry._run_in_subprocess", lambda look: look())

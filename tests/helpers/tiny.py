@@ -6,6 +6,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from models import inspected_here
 from vllm.config import AttentionConfig, CacheConfig, ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -28,7 +29,8 @@ def model_config(directory: Path, dtype: str = "float32", **fields) -> ModelConf
         "max_position_embeddings": 2048,
     }
     (directory / "config.json").write_text(json.dumps(known | fields))
-    return ModelConfig(model=str(directory), skip_tokenizer_init=True, dtype=dtype, max_model_len=1024)
+    with inspected_here():
+        return ModelConfig(model=str(directory), skip_tokenizer_init=True, dtype=dtype, max_model_len=1024)
 
 
 def vllm_config(model: ModelConfig, backend: str | None = "CUSTOM", **s2o) -> VllmConfig:
