@@ -307,14 +307,16 @@ def _guide(
         tl.store(out, product, mask=i < num_queries)
 
 
-def score_options(query, together: int, shared: int) -> dict:
-    """Tiles of the kernels that score keys, for segments that are scored `together` at most, within `shared` bytes."""
+def score_options(query, together: int, shared: int, stride_dim: int = 1) -> dict:
+    """Tiles of the kernels that score keys, for segments that are scored `together` at most, within `shared` bytes.
+    Stages take more of it where the elements of a key lie `stride_dim` apart."""
     width = block_dim(query.shape[2]) * wide(query).itemsize
     segments = max(together, 16)
+    stages = 3 if stride_dim == 1 or width <= SCORE_ROW else 2
     return dict(
         SEGMENTS=segments, KEYS=SCORE_KEYS * SCORE_ROW // max(width, SCORE_ROW), PRECISION=dot_precision(query),
         # Without a pipeline on GPUs whose shared memory holds what the attention needs, and not three stages of keys.
-        num_warps=8 if segments > 32 else 4, num_stages=3 if shared >= 128 * 1024 else 1,
+        num_warps=8 if segments > 32 else 4, num_stages=stages if shared >= 128 * 1024 else 1,
     )  # fmt: skip
 
 
@@ -358,7 +360,8 @@ def rank_keys(
         query, segments, mean, variance, num_kv_heads, query.stride(0), query.stride(1), GROUP=group, ROWS=32, **dims
     )
     where = (*key_cache.stride(), block_table.stride(0))
-    product = score_options(query, 1 if len(groups) == count else MAX_SCORED_TOGETHER, shared_memory(query.device))
+    together = 1 if len(groups) == count else MAX_SCORED_TOGETHER
+    product = score_options(query, together, shared_memory(query.device), key_cache.stride(3))
     product |= dict(PAGE=block_size, **dims)
     _spread[(num_parts, num_kv_heads, len(groups))](
         mean, variance, key_cache, block_table, segments, groups, spread, num_kv_heads, num_parts, *where,

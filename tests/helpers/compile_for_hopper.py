@@ -4,6 +4,7 @@ in Triton the one that takes most.
 A process of its own, because tests without a GPU have Triton's interpreter, which Gluon has not.
 """
 
+import itertools
 import math
 
 import torch
@@ -57,13 +58,17 @@ def main() -> None:
     print("attend_other", compile_for_hopper(hopper._attend, attend, "fp16", num_warps=4, maxnreg=248))
     sort = dict(BLOCK=32 * vote.ROUNDS, CLASSES=vote.CLASSES)
     print("count", compile_for_hopper(vote.count, dict(BLOCKS=4, **sort), num_warps=1))
-    for head_size in (128, 256):
-        query = torch.empty(1, 1, head_size, dtype=torch.bfloat16, device="meta")
-        score = rank.score_options(query, rank.MAX_SCORED_TOGETHER, 227 * 1024)
+    for head_size, dtype, stride_dim in itertools.product((128, 256), (torch.bfloat16, torch.float32), (1, 16)):
+        query = torch.empty(1, 1, head_size, dtype=dtype, device="meta")
+        score = rank.score_options(query, rank.MAX_SCORED_TOGETHER, 227 * 1024, stride_dim)
         options = {name: score.pop(name) for name in ("num_warps", "num_stages")}
-        score |= dict(PAGE=16, D=head_size, BLOCK_D=block_dim(head_size), PART=rank.SCORE_PART, stride_dim=1)
-        score |= dict(CLASSES=32, LOGISTIC=naive.LOGISTIC / math.log(2))
-        print(f"score_{head_size}", compile_for_hopper(rank._score, score, language=ASTSource, **options))
+        score |= dict(PAGE=16, D=head_size, BLOCK_D=block_dim(head_size), PART=rank.SCORE_PART)
+        score |= dict(CLASSES=32, LOGISTIC=naive.LOGISTIC / math.log(2)) | (
+            {"stride_dim": 1} if stride_dim == 1 else {}
+        )
+        name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+        taken = compile_for_hopper(rank._score, score, name, language=ASTSource, **options)
+        print(f"score_{head_size}_{name}_{stride_dim}", taken)
     print("place", compile_for_hopper(vote.place, dict(PAGE=16, **sort), num_warps=1))
 
 

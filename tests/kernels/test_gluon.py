@@ -45,6 +45,17 @@ def ranked(module, case, wave, num_classes=32):
     )  # fmt: skip
 
 
+def attended(module, case, params, wave, slots, thresholds, **options):
+    """Output, NaN where nothing was written, and visited pairs."""
+    out = torch.full_like(case.query, float("nan"))
+    pairs = module.attend(
+        case.query, case.key_cache, case.value_cache, case.block_table, wave.segments, wave.tiles, slots, None,
+        thresholds, out, scale=case.scale, key_block=params.key_block, stop_interval=params.stop_interval,
+        stop_rule=params.stop_rule, tile_size=params.tile_size, **options,
+    )  # fmt: skip
+    return out, pairs
+
+
 @gpu
 @needs_gpu
 @pytest.mark.parametrize(
@@ -70,18 +81,10 @@ def test_stops_where_the_triton_kernel_stops(dtype, head_size, tile, layout, rul
     params = S2OParams(segment_len=tile if rule.startswith("odd") else 256, tile_size=tile, **RULES[rule])
     wave = one_wave(case, params)
     slots = ranked(rank, case, wave)
-    threshold = 0.0 if params.budget else params.threshold
+    thresholds = torch.full((8,), 0.0 if params.budget else params.threshold, device=DEVICE)
     interval = params.key_block * params.stop_interval
     assert hopper.unsuitable(case.query, case.key_cache, case.value_cache, False, tile, interval) is None
-    results = []
-    for module in (prefill, hopper, hopper):
-        out = torch.full_like(case.query, float("nan"))
-        pairs = module.attend(
-            case.query, case.key_cache, case.value_cache, case.block_table, wave.segments, wave.tiles, slots, None,
-            torch.full((8,), threshold, device=DEVICE), out, scale=case.scale, key_block=params.key_block,
-            stop_interval=params.stop_interval, stop_rule=params.stop_rule, tile_size=tile,
-        )  # fmt: skip
-        results.append((out, pairs))
+    results = [attended(module, case, params, wave, slots, thresholds) for module in (prefill, hopper, hopper)]
     (expected, want), (out, pairs), again = results
     assert torch.equal(pairs, want)
     assert torch.equal(out, again[0]), "two runs differ"
@@ -105,19 +108,11 @@ def test_it_does_not_matter_who_takes_a_tile(tile, rule):
     slots = ranked(rank, case, wave)
     thresholds = torch.full((8,), 0.0 if params.budget else params.threshold, device=DEVICE)
 
-    def attend(module, **options):
-        out = torch.full_like(case.query, float("nan"))
-        pairs = module.attend(
-            case.query, case.key_cache, case.value_cache, case.block_table, wave.segments, wave.tiles, slots, None,
-            thresholds, out, scale=case.scale, key_block=params.key_block, stop_interval=params.stop_interval,
-            stop_rule=params.stop_rule, tile_size=tile, **options,
-        )  # fmt: skip
-        return out, pairs
-
-    _, pairs = attend(prefill)
-    first, _ = attend(hopper)
+    given = (case, params, wave, slots, thresholds)
+    _, pairs = attended(prefill, *given)
+    first, _ = attended(hopper, *given)
     for programs in (1, 2, 3, 100) * 5:
-        out, visited = attend(hopper, options=hopper.Launch(programs=programs))
+        out, visited = attended(hopper, *given, options=hopper.Launch(programs=programs))
         assert torch.equal(visited, pairs), programs
         assert torch.equal(out, first), programs
 
@@ -148,20 +143,10 @@ def test_the_bits_stay_where_the_gpu_is_shared(shared_gpu, tile):
     params = S2OParams(threshold=0.01, segment_len=256, tile_size=tile)
     wave = one_wave(case, params)
     slots = ranked(rank, case, wave)
-    thresholds = torch.full((8,), params.threshold, device=DEVICE)
-
-    def attend():
-        out = torch.empty_like(case.query)
-        pairs = hopper.attend(
-            case.query, case.key_cache, case.value_cache, case.block_table, wave.segments, wave.tiles, slots, None,
-            thresholds, out, scale=case.scale, key_block=params.key_block, stop_interval=params.stop_interval,
-            stop_rule=params.stop_rule, tile_size=tile, options=hopper.Launch(programs=1),
-        )  # fmt: skip
-        return out, pairs
-
-    out, pairs = attend()
+    given = (case, params, wave, slots, torch.full((8,), params.threshold, device=DEVICE))
+    out, pairs = attended(hopper, *given, options=hopper.Launch(programs=1))
     for _ in range(400):
-        again, visited = attend()
+        again, visited = attended(hopper, *given, options=hopper.Launch(programs=1))
         assert torch.equal(visited, pairs)
         assert torch.equal(again, out)
 
@@ -179,13 +164,7 @@ def test_many_tiles_that_stop_everywhere():
     thresholds = torch.logspace(-4, -0.3, 32, device=DEVICE)
     results = []
     for module, options in ((prefill, {}), *((hopper, dict(options=hopper.Launch(programs=n))) for n in (7, 0) * 10)):
-        out = torch.full_like(case.query, float("nan"))
-        pairs = module.attend(
-            case.query, case.key_cache, case.value_cache, case.block_table, wave.segments, wave.tiles, slots, None,
-            thresholds, out, scale=case.scale, key_block=32, stop_interval=4, stop_rule="worst_row", tile_size=128,
-            **options,
-        )  # fmt: skip
-        results.append((out, pairs))
+        results.append(attended(module, case, params, wave, slots, thresholds, **options))
     (expected, want), *ours = results
     assert want.unique().numel() > 50
     assert all(torch.equal(pairs, want) and torch.equal(out, ours[0][0]) for out, pairs in ours)
@@ -246,7 +225,10 @@ def test_compiled_for_a_hopper_gpu():
         line.split() for line in done.stdout.splitlines() if line.startswith(("attend", "count", "place", "score"))
     )
     assert 0 < int(shared["attend_other"]) < int(shared["attend"]) <= 227 * 1024
-    assert 0 < int(shared["score_128"]) < int(shared["score_256"]) <= 227 * 1024
+    assert 0 < int(shared["score_128_bf16_1"]) < int(shared["score_256_bf16_1"])
+    scores = {name: int(taken) for name, taken in shared.items() if name.startswith("score")}
+    assert len(scores) == 8
+    assert max(scores.values()) <= 227 * 1024, scores
     assert int(shared["count"]) == int(shared["place"]) == 0
 
 
