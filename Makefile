@@ -118,14 +118,15 @@ bench-attention: needs-gpu $(SMOLLM2)/prepared.txt ## one layer's attention besi
 	.venv/bin/python benchmarks/attention.py --out benchmarks/results/attention.csv --add --at --model $(SMOLLM2)
 	.venv/bin/python benchmarks/plot.py benchmarks/results/attention.csv --out benchmarks/results/attention.png
 
-BENCHED = $(SMOLLM2) --shape llama-3.1-8b --tokens 32768 131072 --providers s2o_budget_10 flash_attn \
+BENCHED = $(SMOLLM2) --shape llama-3.1-8b --providers s2o_budget_10 flash_attn \
 	--out benchmarks/results/serving.json --table benchmarks/results/serving.csv
 
 bench-serving: needs-gpu $(SMOLLM2)/prepared.txt ## whole servers and engines, S2O and FLASH_ATTN
 	@unset PYTHONSAFEPATH
-	.venv/bin/python benchmarks/serving.py latency $(BENCHED) --concurrency 1 8 --prompts 8 --also short decode
-	.venv/bin/python benchmarks/serving.py ttft $(BENCHED) --add
-	.venv/bin/python benchmarks/serving.py throughput $(BENCHED) --prompts 8 --add
+	.venv/bin/python benchmarks/serving.py latency $(BENCHED) --tokens 32768 131072 --concurrency 1 8 --prompts 8
+	.venv/bin/python benchmarks/serving.py latency $(BENCHED) --also short decode --in-turn --add
+	.venv/bin/python benchmarks/serving.py ttft $(BENCHED) --tokens 32768 131072 --add
+	.venv/bin/python benchmarks/serving.py throughput $(BENCHED) --tokens 32768 131072 --prompts 8 --add
 
 # What was measured lies in *.parts.jsonl beside the tables: work that was cut off goes on from there. Remove them to
 # begin anew.

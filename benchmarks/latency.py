@@ -1,6 +1,7 @@
 """`vllm bench serve` against servers, one per provider: long prompts, and what stays dense."""
 
 import argparse
+import contextlib
 import itertools
 import sys
 from pathlib import Path
@@ -18,9 +19,11 @@ OUTPUT_TOKENS = 16
 # The claim about them is a difference of at most 1 %, hence many short requests and repetitions. Sequences stay shorter
 # than the smallest min_seq_len that is shipped, 2,048 tokens.
 ALSO = {
-    "short": (Load(2000, OUTPUT_TOKENS, 1, 32, 1, 3), Load(2000, OUTPUT_TOKENS, 8, 64, 8, 3)),
+    "short": (Load(2000, OUTPUT_TOKENS, 1, 64, 1, 5), Load(2000, OUTPUT_TOKENS, 8, 128, 8, 5)),
     "decode": (Load(1024, 256, 8, 32, 8, 3),),
 }
+MEMORY = 0.9
+"""The share of a GPU's memory that servers get together, vLLM's default for one."""
 
 
 def loads(options: argparse.Namespace) -> list[Load]:
@@ -47,20 +50,38 @@ def bench(server: Server, model: str, load: Load, directory: Path) -> dict[str, 
 
 
 def latency(options: argparse.Namespace, record: Record, logs: Path) -> None:
+    """Each provider's server after the other's, or all of them at once and each load asked of them in turn: what a
+    minute does to the GPU's clock then happens to all alike."""
     model, args = model_and_args(options.model, options.shape, options.server, logs)
-    for name in options.providers:
-        with serve(model, logs / f"latency-{name}.log", [*PROVIDERS[name], *args]) as server:
+    groups = [options.providers] if options.in_turn else [[name] for name in options.providers]
+    for names in groups:
+        room_each = ["--gpu-memory-utilization", f"{MEMORY / len(names):.2f}"] if len(names) > 1 else []
+        with contextlib.ExitStack() as stack:
+            up = {
+                name: stack.enter_context(
+                    serve(model, logs / f"latency-{name}.log", [*PROVIDERS[name], *room_each, *args])
+                )
+                for name in names
+            }
             for load in loads(options):
-                repeats: list[dict[str, Any]] = []
-                for _ in range(load.repeats):
-                    found = bench(server, model, load, logs)
-                    repeats.append(found)
-                    asked: dict[str, Any] = {"prompt_len": load.prompt_len, "output_len": load.output_len}
-                    asked |= {"concurrency": load.concurrency, "max_num_batched_tokens": step_tokens(server.log)}
-                    record.put(name, {"tool": TOOL, **asked, "repeats": repeats}, our_lines(server.log))
-                    print(
-                        f"{name}: {load.prompt_len} tokens in, {load.output_len} out, concurrency {load.concurrency}: "
-                        f"median TTFT {found['median_ttft_ms']:.1f} ms, TPOT {found['median_tpot_ms']:.3f} ms, "
-                        f"completed {found['completed']}, density {found['density']}",
-                        flush=True,
-                    )
+                measure(up, model, load, record, logs)
+
+
+def measure(up: dict[str, Server], model: str, load: Load, record: Record, logs: Path) -> None:
+    """All repetitions of a load, of each server that is up; the first of one repetition is the last of the next."""
+    repeats: dict[str, list[dict[str, Any]]] = {name: [] for name in up}
+    for number in range(load.repeats):
+        for name in [*up][:: -1 if number % 2 else 1]:
+            server = up[name]
+            found = bench(server, model, load, logs)
+            repeats[name].append(found)
+            asked: dict[str, Any] = {"prompt_len": load.prompt_len, "output_len": load.output_len}
+            asked |= {"concurrency": load.concurrency, "max_num_batched_tokens": step_tokens(server.log)}
+            told = {"tool": TOOL, **asked, "servers": len(up), "repeats": repeats[name]}
+            record.put(name, told, our_lines(server.log))
+            print(
+                f"{name}: {load.prompt_len} tokens in, {load.output_len} out, concurrency {load.concurrency}: "
+                f"median TTFT {found['median_ttft_ms']:.1f} ms, TPOT {found['median_tpot_ms']:.3f} ms, "
+                f"completed {found['completed']}, density {found['density']}",
+                flush=True,
+            )

@@ -13,8 +13,8 @@ from typing import Any
 from vllm_s2o.cli.environment import commit_name, describe
 
 COLUMNS = (
-    "gpu", "vllm", "date", "commit", "model", "backend", "tool", "prompt_len", "output_len", "concurrency", "prompts",
-    "repeats", "ttft_ms_p50", "ttft_spread_pct", "tpot_ms_p50", "tpot_spread_pct", "tokens_per_s",
+    "gpu", "vllm", "date", "commit", "model", "backend", "tool", "prompt_len", "output_len", "concurrency", "servers",
+    "prompts", "repeats", "ttft_ms_p50", "ttft_spread_pct", "tpot_ms_p50", "tpot_spread_pct", "tokens_per_s",
     "tokens_per_s_spread_pct", "density",
 )  # fmt: skip
 FIGURES = {"ttft": "median_ttft_ms", "tpot": "median_tpot_ms", "tokens": "total_token_throughput"}
@@ -101,6 +101,7 @@ class Record:
                 "date": run["date"],
                 "commit": commit_name(run),
                 **{column: run[column] for column in SAME},
+                "servers": run.get("servers", 1),
                 **_cells(run),
             }
             for name, given in self.result["providers"].items()

@@ -11,7 +11,8 @@ a long one was not sparse; `--like` compares the answers with those of another m
 
 `latency` serves a model with S2O and with FLASH_ATTN, one after the other, and runs `vllm bench serve` with the same
 prompts against both: long ones, of each length and at each concurrency, and, named by `--also`, short prompts and long
-answers, which S2O leaves to vLLM's own attention.
+answers, which S2O leaves to vLLM's own attention. With `--in-turn` both servers are up at once, each in its share of
+the GPU's memory, and are asked in turn: so are small differences measured.
 
 A server's clients send text, and to tokenise a long prompt takes about a second for any attention. `ttft` gives token
 numbers to an engine without a server instead, one prompt after the other with one token of answer, by `vllm bench
@@ -68,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     asked.add_argument("--concurrency", type=whole, nargs="+", default=[1], help="long prompts at a time")
     asked.add_argument("--prompts", type=whole, default=5, help="long prompts of a run, at least the concurrency")
     asked.add_argument("--also", nargs="+", choices=ALSO, default=[], help="and these; without --tokens, only these")
+    asked.add_argument("--in-turn", action="store_true", help="all servers at once, asked one after the other")
     asked = commands.add_parser("ttft", parents=[every, speed], description=STARTS)
     asked.add_argument("--repeats", type=whole, default=3, help="how often a prompt is measured, after a warm-up")
     asked.set_defaults(also=[])

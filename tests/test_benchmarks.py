@@ -87,7 +87,8 @@ class Bench:
         self.directory, self.out, self.table = directory, directory / "result.json", directory / "table.csv"
         self.environment = dict(ENVIRONMENT)
         self.commands: list[list[str]] = []
-        self.servers = 0
+        self.servers = self.at_once = self.most_at_once = 0
+        self.served: list[list[str]] = []
         self.ttfts: list[float] = []
         """Medians to come; 12.34 afterwards."""
         self.latencies = [2.0]
@@ -105,9 +106,14 @@ class Bench:
     log, port, name, env = CHUNKS, 1, "model", {}  # of the server
     visited = causal = 0
 
-    def serve(self, *_):
+    @contextlib.contextmanager
+    def serve(self, model, log, args):
         self.servers += 1
-        return contextlib.nullcontext(self)
+        self.served.append(args)
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        yield self
+        self.at_once -= 1
 
     def steps(self, tokens: int) -> str:
         """Of one prompt, where it is long."""
@@ -191,14 +197,29 @@ def test_latency_writes_a_row_per_run(bench):
 def test_what_stays_dense_is_repeated(bench):
     """Short prompts and decode alone, where no length is given; a row holds the median, and how far repetitions lie
     apart."""
-    bench.ttfts = [50.0, 52.0, 51.0]
+    bench.ttfts = [50.0, 52.0, 51.0, 50.5, 51.5]
     rows = bench.run("latency", "--also short decode --providers flash_attn")
-    assert columns(rows, "prompt_len", "output_len", "concurrency", "prompts", "repeats", "density") == [
-        ("1024", "256", "8", "32", "3", ""), ("2000", "16", "1", "32", "3", ""), ("2000", "16", "8", "64", "3", ""),
+    names = ("prompt_len", "output_len", "concurrency", "servers", "prompts", "repeats", "density")
+    assert columns(rows, *names) == [
+        ("1024", "256", "8", "1", "32", "3", ""), ("2000", "16", "1", "1", "64", "5", ""),
+        ("2000", "16", "8", "1", "128", "5", ""),
     ]  # fmt: skip
     assert columns(rows, "ttft_ms_p50", "ttft_spread_pct") == [("12.3", "0.00"), ("51.0", "3.92"), ("12.3", "0.00")]
     asked = [[option(command, name) for name in ("--random-output-len", "--num-warmups")] for command in bench.commands]
-    assert asked == [["16", "1"]] * 3 + [["16", "8"]] * 3 + [["256", "8"]] * 3
+    assert asked == [["16", "1"]] * 5 + [["16", "8"]] * 5 + [["256", "8"]] * 3
+    assert "--gpu-memory-utilization" not in bench.served[0]
+
+
+def test_servers_are_asked_in_turn(bench):
+    """Both are up at once, each with half of the memory; which of them is first changes with each repetition."""
+    bench.ttfts = [1.0, 2.0, 2.0, 1.0, 1.0, 2.0]
+    rows = bench.run("latency", "--also decode --in-turn --providers s2o flash_attn --server=--max-model-len=4096")
+    assert columns(rows, "backend", "servers", "repeats", "ttft_ms_p50") == [
+        ("flash_attn", "2", "3", "2.0"), ("s2o", "2", "3", "1.0"),
+    ]  # fmt: skip
+    assert bench.most_at_once == 2
+    assert [option(args, "--gpu-memory-utilization") for args in bench.served] == ["0.45", "0.45"]
+    assert [args[-1] for args in bench.served] == ["--max-model-len=4096"] * 2, "what is given comes last, and wins"
 
 
 def test_throughput_gives_all_prompts_at_once(bench):
@@ -432,13 +453,15 @@ def test_make_bench_measures_both_backends_by_every_tool(bench):
     """What the Makefile asks for is understood, and makes one table."""
     told = subprocess.run(["make", "-n", "GPU=yes", "bench-serving"], cwd=ROOT, capture_output=True, text=True)
     commands = [shlex.split(line) for line in told.stdout.splitlines() if "benchmarks/serving.py" in line]
-    assert [command[2] for command in commands] == ["latency", "ttft", "throughput"]
-    assert ["--add" in command for command in commands] == [False, True, True]
+    assert [command[2] for command in commands] == ["latency", "latency", "ttft", "throughput"]
+    assert ["--add" in command for command in commands] == [False, True, True, True]
     files = [[option(command, name) for name in ("--out", "--table", "--shape")] for command in commands]
-    assert files[0] == files[1] == files[2]
+    assert all(given == files[0] for given in files)
+    asked = []
     for command in commands:
         bench.patch.setattr(sys, "argv", command[1:])
         options = main.parse()
-        assert options.tokens == [32768, 131072]
         assert options.providers == ["s2o_budget_10", "flash_attn"]
-        assert options.what != "latency" or (options.concurrency, options.also) == ([1, 8], ["short", "decode"])
+        assert options.tokens == ([] if getattr(options, "in_turn", False) else [32768, 131072])
+        asked.append((options.what, options.also, getattr(options, "concurrency", None)))
+    assert asked[:2] == [("latency", [], [1, 8]), ("latency", ["short", "decode"], [1])]
