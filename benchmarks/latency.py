@@ -24,6 +24,8 @@ ALSO = {
 }
 MEMORY = 0.9
 """The share of a GPU's memory that servers get together, vLLM's default for one."""
+CONTEXT = 8192
+"""Tokens, where servers share the memory: a large model's whole context needs more. Enough for S2O to be on."""
 
 
 def loads(options: argparse.Namespace) -> list[Load]:
@@ -55,16 +57,21 @@ def latency(options: argparse.Namespace, record: Record, logs: Path) -> None:
     model, args = model_and_args(options.model, options.shape, options.server, logs)
     groups = [options.providers] if options.in_turn else [[name] for name in options.providers]
     for names in groups:
-        room_each = ["--gpu-memory-utilization", f"{MEMORY / len(names):.2f}"] if len(names) > 1 else []
+        share = shared(len(names), loads(options)) if len(names) > 1 else []
         with contextlib.ExitStack() as stack:
             up = {
-                name: stack.enter_context(
-                    serve(model, logs / f"latency-{name}.log", [*PROVIDERS[name], *room_each, *args])
-                )
+                name: stack.enter_context(serve(model, logs / f"latency-{name}.log", [*PROVIDERS[name], *share, *args]))
                 for name in names
             }
             for load in loads(options):
                 measure(up, model, load, record, logs)
+
+
+def shared(servers: int, asked: list[Load]) -> list[str]:
+    """Arguments of each of several servers on one GPU."""
+    longest = max(load.prompt_len + load.output_len for load in asked)
+    memory = f"{MEMORY / servers:.2f}"
+    return ["--gpu-memory-utilization", memory, "--max-model-len", str(max(longest, CONTEXT))]
 
 
 def measure(up: dict[str, Server], model: str, load: Load, record: Record, logs: Path) -> None:

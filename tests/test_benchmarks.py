@@ -219,6 +219,7 @@ def test_servers_are_asked_in_turn(bench):
     ]  # fmt: skip
     assert bench.most_at_once == 2
     assert [option(args, "--gpu-memory-utilization") for args in bench.served] == ["0.45", "0.45"]
+    assert [option(args, "--max-model-len") for args in bench.served] == ["8192", "8192"]
     assert [args[-1] for args in bench.served] == ["--max-model-len=4096"] * 2, "what is given comes last, and wins"
 
 
