@@ -25,7 +25,7 @@ ALSO = {
 MEMORY = 0.9
 """The share of a GPU's memory that servers get together, vLLM's default for one."""
 CONTEXT = 8192
-"""Tokens, where servers share the memory: a large model's whole context needs more. Enough for S2O to be on."""
+"""Tokens, where servers share the memory: a large model's whole context needs more, and short prompts are asked."""
 
 
 def loads(options: argparse.Namespace) -> list[Load]:
