@@ -12,7 +12,7 @@ from servers import FLAG, our_lines, serve
 
 from vllm_s2o.cli.server import Server
 from vllm_s2o.quality.needles import Needle, needle
-from vllm_s2o.stats import LOG_INTERVAL, Prefill, prefills
+from vllm_s2o.step_log import LOG_INTERVAL, Prefill, prefills
 
 LENGTHS = (1000, 4000, 7800)
 LONG = 4000

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_s2o.cli.server import Server
-from vllm_s2o.stats import pairs
+from vllm_s2o.step_log import pairs
 
 FLAG = ("--attention-backend", "CUSTOM")
 PROVIDERS = {

@@ -87,6 +87,17 @@ print(sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "trito
     assert run_python(code, tmp_path, PYTHONPATH=str(ROOT)) == "[]"
 
 
+def test_the_command_line_answers_soon(tmp_path):
+    """PyTorch alone takes two seconds to import: commands that need it do so when they run."""
+    code = """
+import sys
+import vllm_s2o.cli.main
+heavy = {"torch", "triton", "vllm", "transformers", "matplotlib", "openai"}
+print(sorted({name.partition(".")[0] for name in sys.modules} & heavy))
+"""
+    assert run_python(code, tmp_path, PYTHONPATH=str(ROOT)) == "[]"
+
+
 # -- the helper finds what is wrong -----------------------------------------------------------------------------------
 
 KNOWN = ["vllm_s2o", "vllm_s2o.a", "vllm_s2o.b", "vllm_s2o.in.c", "vllm_s2o.in.d", "benchmarks.e", "benchmarks.f"]

@@ -5,7 +5,8 @@ import time
 import pytest
 import torch
 
-from vllm_s2o.stats import Laps, Prefill, Reporter, Step, Totals, prefills
+from vllm_s2o.stats import Laps, Reporter, Step
+from vllm_s2o.step_log import Prefill, Totals, prefills
 
 
 def step(query_lens=(100, 50), seq_lens=(300, 50), causal_pairs=(800, 200), num_layers=3, **fields) -> Step:

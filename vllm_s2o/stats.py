@@ -1,17 +1,15 @@
 """What was sparse: counted on the device, read without waiting for it, told to the log."""
 
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-LOG_INTERVAL = 1.0
-"""Seconds between two lines about steps, at least; what happens in between is in the totals."""
+from .step_log import LOG_INTERVAL, Totals, step_line
 
 
 class Laps:
@@ -91,29 +89,6 @@ class Step:
         return self.dense_layer()
 
 
-def density(visited: int, causal: int) -> float:
-    """Share of the pairs, for three digits: 1 says that every one was visited, not that nearly all were."""
-    if visited < causal:
-        return min(visited / causal, 0.999)
-    return visited / causal if causal else 1.0
-
-
-@dataclass
-class Totals:
-    steps: int = 0
-    tokens: int = 0
-    visited: int = 0
-    causal: int = 0
-
-    @property
-    def density(self) -> float:
-        return density(self.visited, self.causal)
-
-
-def _numbers(values: list[int]) -> str:
-    return ",".join(map(str, values[:8])) + (",..." if len(values) > 8 else "")
-
-
 class Reporter:
     """Turns finished steps into log lines.
 
@@ -177,12 +152,7 @@ class Reporter:
         totals.tokens += sum(step.query_lens)
         totals.visited += visited
         totals.causal += causal
-        line = (
-            f"s2o: prefill query={_numbers(step.query_lens)} seq={_numbers(step.seq_lens)} "
-            f"density={density(visited, causal):.3f} sparse_layers={step.sparse}/{step.num_layers} | "
-            f"total steps={totals.steps} tokens={totals.tokens} density={totals.density:.3f} "
-            f"pairs={totals.visited}/{totals.causal}"
-        )
+        line = step_line(step.query_lens, step.seq_lens, visited, causal, step.sparse, step.num_layers, totals)
         with self._lock:
             self._held = line
             wait = self._last + self._interval - time.monotonic()
@@ -201,43 +171,3 @@ class Reporter:
                 self._last = time.monotonic()
         if line is not None:
             self._log(line)
-
-
-class Prefill(NamedTuple):
-    """What a line of the log says about one step."""
-
-    query_lens: tuple[int, ...]
-    """Of the first rows, where a step has many."""
-    seq_lens: tuple[int, ...]
-    density: float
-    sparse_layers: int
-    num_layers: int
-    visited: int
-    causal: int
-    """Pairs of all steps so far, those that were not logged too."""
-
-
-_LINE = re.compile(
-    r"s2o: prefill query=(\S+) seq=(\S+) density=([0-9.]+) sparse_layers=(\d+)/(\d+) \|.* pairs=(\d+)/(\d+)"
-)
-
-
-def prefills(log: str) -> list[Prefill]:
-    """The steps that a server's log tells of."""
-    found = []
-    for query, seq, density, *numbers in _LINE.findall(log):
-        query_lens, seq_lens = (tuple(int(n) for n in re.findall(r"\d+", text)) for text in (query, seq))
-        sparse, layers, visited, causal = map(int, numbers)
-        found.append(Prefill(query_lens, seq_lens, float(density), sparse, layers, visited, causal))
-    return found
-
-
-def pairs(log: str, since: int = 0) -> tuple[int, int]:
-    """Visited and causal pairs of all steps that a server's log tells of after its first `since` characters.
-
-    By the running totals: of steps that follow each other closely only the last one has a line. Both are 0 where no
-    step is told of.
-    """
-    steps, earlier = prefills(log), prefills(log[:since])
-    visited, causal = (earlier[-1].visited, earlier[-1].causal) if earlier else (0, 0)
-    return (steps[-1].visited - visited, steps[-1].causal - causal) if steps else (0, 0)

@@ -113,8 +113,10 @@ def servers(line: str) -> bool:
 
 
 def marked(line: str):
-    """Lines that run a whole model some times over are for `make soak`."""
-    return pytest.param(line, marks=pytest.mark.long) if line.split()[1] in ("calibrate", "evaluate") else line
+    """Lines that run a whole model, some of them many times over, are for `make soak`."""
+    command = line.split()[1]
+    whole = command in ("calibrate", "evaluate") or (command == "report" and "--results" not in line)
+    return pytest.param(line, marks=pytest.mark.long) if whole else line
 
 
 @pytest.mark.parametrize("line", [marked(line) for line in sorted(EXAMPLES | README | DOCS) if not servers(line)])

@@ -14,7 +14,7 @@ import torch
 from engines import CONFIG, THRESHOLD, agree, tokens
 from processes import CHANGED, ROOT, without
 
-from vllm_s2o.stats import prefills
+from vllm_s2o.step_log import prefills
 
 PROGRAM = ROOT / "tests" / "helpers" / "engine_program.py"
 PROMPTS = [tokens(700, 1), tokens(40, 2), tokens(400, 3)]
@@ -73,7 +73,7 @@ def alone(llama):
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["tensor", pytest.param("pipeline", marks=pytest.mark.long)])
 def test_layouts(layout, llama, alone, tmp_path):
     """Thresholds of layers and heads are the model's, whoever computes them; each token is counted once."""
     options = engines.options(llama, {**CONFIG, "threshold": THRESHOLD, "layers": OVERRIDES}, **LAYOUTS[layout])

@@ -4,7 +4,7 @@ import pytest
 from serving import MODEL_NAME
 
 from vllm_s2o.quality.needles import needle
-from vllm_s2o.stats import prefills
+from vllm_s2o.step_log import prefills
 
 pytestmark = pytest.mark.serving
 
@@ -34,7 +34,7 @@ def test_a_short_chat_is_answered_as_without_the_flag(s2o, dense):
     assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
 
 
-@pytest.mark.parametrize("num_tokens", [60, 2500], ids=["short", "long"])
+@pytest.mark.parametrize("num_tokens", [60, pytest.param(2100, marks=pytest.mark.long)], ids=["short", "long"])
 def test_stream_equals_whole_answer(s2o, count_tokens, num_tokens):
     request = dict(
         model=MODEL_NAME,

@@ -34,6 +34,7 @@ def test_bench_throughput(model, monkeypatch, tmp_path):
     assert (row["tool"], row["prompts"], row["ttft_ms_p50"]) == ("bench throughput", "2", "")
 
 
+@pytest.mark.long
 def test_bench_latency(model, monkeypatch, tmp_path):
     for name, value in ONE_PROCESS.items():
         monkeypatch.setenv(name, value)

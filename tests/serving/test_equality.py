@@ -12,9 +12,10 @@ import pytest
 from serving import EXACT, MODEL_NAME
 
 from vllm_s2o.quality.needles import needle
-from vllm_s2o.stats import prefills
+from vllm_s2o.step_log import prefills
 
-pytestmark = pytest.mark.serving
+# tests/engine has the same of engines without a server, of more models.
+pytestmark = [pytest.mark.serving, pytest.mark.long]
 
 TOLERANCE = 1e-3
 MEAN_TOLERANCE_BF16 = 0.05

@@ -10,9 +10,9 @@ from processes import CHANGED, ROOT, without
 from serving import DTYPE, KV_CACHE, ONE_PROCESS, SHARE, Server, write_small
 
 from vllm_s2o.quality.needles import needle
-from vllm_s2o.stats import prefills
+from vllm_s2o.step_log import prefills
 
-pytestmark = pytest.mark.serving
+pytestmark = [pytest.mark.serving, pytest.mark.long]
 
 EXAMPLES = ROOT / "examples"
 

@@ -9,7 +9,7 @@ import time
 import pytest
 from serving import CUDA, MADE_HERE, MODEL_NAME, SHARE, MakeServe
 
-from vllm_s2o.stats import prefills
+from vllm_s2o.step_log import prefills
 
 pytestmark = pytest.mark.serving
 

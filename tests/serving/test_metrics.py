@@ -19,7 +19,7 @@ import openai
 import pytest
 from processes import CHANGED, ROOT, without
 from prometheus_client.parser import text_string_to_metric_families
-from serving import S2O, Server, VllmServe, write_small
+from serving import Server, VllmServe, write_small
 
 from vllm_s2o.config import load_config
 from vllm_s2o.metrics import place
@@ -27,14 +27,14 @@ from vllm_s2o.metrics.switch import set_switch
 from vllm_s2o.model import read
 from vllm_s2o.quality.needles import needle
 from vllm_s2o.settings import traits_of
-from vllm_s2o.stats import prefills
+from vllm_s2o.step_log import prefills
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(1800)]
 
 CONFIG = {"min_seq_len": 256, "min_query_len": 32, "segment_len": 64, "tile_size": 32, "key_block": 16, "budget": 0.25}
 CHUNK = 512
 ARGS = (
-    *S2O, "--additional-config", json.dumps({"s2o": CONFIG}), "--load-format", "dummy",
+    "--attention-backend", "S2O", "--additional-config", json.dumps({"s2o": CONFIG}), "--load-format", "dummy",
     "--enable-prefix-caching", "--enable-prompt-tokens-details", "--max-num-batched-tokens", str(CHUNK),
 )  # fmt: skip
 START_SECONDS = 600
@@ -101,6 +101,14 @@ class Told:
             extra_headers=headers, **options,
         )  # fmt: skip
         return answer.usage, before, self.figures()
+
+    def says(self, text: str) -> tuple[str, list[float]]:
+        """An answer, and the log-probabilities of its tokens."""
+        asked = [{"role": "user", "content": text}]
+        (choice,) = self.server.client.chat.completions.create(
+            model=self.server.name, messages=asked, max_tokens=4, temperature=0, logprobs=True
+        ).choices
+        return choice.message.content, [token.logprob for token in choice.logprobs.content]
 
     def command(self, state: str) -> None:
         """In a process of its own."""
@@ -305,7 +313,9 @@ def test_a_missing_file_does_not_break_metrics(told):
 
 @pytest.fixture(scope="module")
 def several(small, log_dir, count_tokens, told):
-    """Started where another server was killed in the middle of its work."""
+    """Started where another server was killed in the middle of its work, which first answers some prompts."""
+    texts = [needle(1400, 0.5, 1000 + seed, count_tokens).prompt for seed in range(4)]  # nobody else asks them
+    answers = {text: told.says(text) for text in texts}
     left = told.place.directory
     os.killpg(told.server.process.pid, signal.SIGKILL)
     told.server.process.wait(60)
@@ -313,20 +323,22 @@ def several(small, log_dir, count_tokens, told):
     args = ("--api-server-count", "2", "--data-parallel-size", "2")
     env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # else the engines look for a core each beside a reserved one
     with started(VllmServe, small, log_dir / "several.log", args, env) as server:
-        yield Told(server, count_tokens), left
+        yield Told(server, count_tokens), left, answers
 
 
+@pytest.mark.long
 def test_a_restart_leaves_no_figures(several):
-    told, left = several
+    told, left, _ = several
     assert not left.exists()
     after = told.figures()
     assert (after.tokens, after.prompts, after.causal, after.count) == ({SPARSE: 0}, {}, 0, 0)
     assert after.on == 1
 
 
+@pytest.mark.long
 def test_several_api_servers_tell_the_same(several):
     """Whichever of them is asked: requests and scrapes go to either."""
-    told, _ = several
+    told, *_ = several
     usages = [told.ask(told.text())[0] for _ in range(3)]
     tokens = sum(usage.prompt_tokens for usage in usages)
     seen = {(after.tokens[SPARSE], after.causal, after.count) for after in (told.figures() for _ in range(8))}
@@ -335,9 +347,10 @@ def test_several_api_servers_tell_the_same(several):
     assert "vllm:prompt_tokens_total" in told.samples()
 
 
+@pytest.mark.long
 def test_engines_add_up(several):
     """Requests are shared between them; what each has computed is in one sum."""
-    told, _ = several
+    told, *_ = several
     for _ in range(4):
         usage, before, after = told.ask(told.text())
         assert grown(before, after) == {SPARSE: usage.prompt_tokens}
@@ -346,8 +359,22 @@ def test_engines_add_up(several):
     assert asked.keys() == {"0", "1"} and all(asked.values()), "one engine did all"
 
 
+@pytest.mark.long
+def test_engines_answer_as_one_alone(several):
+    """Sparse prompts, each once: the next engine takes the next one."""
+    told, _, answers = several
+    before = told.samples()["vllm:prompt_tokens_total"]
+    for text, (answer, scores) in answers.items():
+        said, ours = told.says(text)
+        assert said == answer
+        assert ours == pytest.approx(scores, abs=1e-3)
+    after = {sample.labels["engine"]: sample.value for sample in told.samples()["vllm:prompt_tokens_total"]}
+    assert all(after[sample.labels["engine"]] > sample.value for sample in before), "one engine did all"
+
+
+@pytest.mark.long
 def test_several_api_servers_have_one_switch(several):
-    told, _ = several
+    told, *_ = several
     with told.off():
         for _ in range(3):
             usage, before, after = told.ask(told.text())
@@ -356,8 +383,9 @@ def test_several_api_servers_have_one_switch(several):
     assert (after.on, grown(before, after)) == (1, {SPARSE: usage.prompt_tokens})
 
 
+@pytest.mark.long
 def test_nothing_is_left_of_a_server_that_ends(several):
-    told, _ = several
+    told, *_ = several
     directory, figures = told.place.directory, told.place.figures
     assert directory.is_dir() and figures.is_dir()
     told.server.stop()
@@ -398,7 +426,10 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("processes", ["1", "0"], ids=["an engine process", "in the program"])
+@pytest.mark.parametrize(
+    "processes",
+    [pytest.param("1", id="an engine process", marks=pytest.mark.long), pytest.param("0", id="in the program")],
+)
 def test_a_program_reads_its_figures(small, tmp_path, processes):
     from serving import KV_CACHE, SHARE
 

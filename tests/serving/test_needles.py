@@ -6,9 +6,10 @@ import pytest
 from serving import CUDA
 
 from vllm_s2o.quality.needles import needle
-from vllm_s2o.stats import LOG_INTERVAL, prefills
+from vllm_s2o.step_log import LOG_INTERVAL, prefills
 
-pytestmark = pytest.mark.serving
+# The server of README's first steps is asked for one in any case (`test_make_serve.py`).
+pytestmark = [pytest.mark.serving, pytest.mark.long]
 
 # What takes minutes on a slow machine is asked once; `benchmarks/serving.py needles` asks at three depths each.
 DEPTHS = {1000: (0.1, 0.5, 0.9), 4000: (0.1,), 7800: (0.5,)}

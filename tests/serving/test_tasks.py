@@ -7,7 +7,7 @@ from serving import MODEL_NAME
 
 from vllm_s2o.quality.tasks.run import measure
 
-pytestmark = pytest.mark.serving
+pytestmark = [pytest.mark.serving, pytest.mark.long]
 
 
 def test_a_running_server(s2o, model, tmp_path):

@@ -15,7 +15,7 @@ from vllm_s2o.cli.options import additional_config, as_json, print_json
 from vllm_s2o.cli.progress import layers_done
 from vllm_s2o.cli.server import OURS, Server, ServerError
 from vllm_s2o.cli.vllm_bench import BenchError, Load, at_once, bench_engine, bench_serve
-from vllm_s2o.stats import pairs
+from vllm_s2o.step_log import pairs
 
 WITHOUT = "without"
 WITH = "S2O"

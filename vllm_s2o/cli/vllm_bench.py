@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm_s2o.cli.server import Server, bench_command, environment
-from vllm_s2o.stats import LOG_INTERVAL
+from vllm_s2o.step_log import LOG_INTERVAL
 
 FIGURES = (
     "completed", "failed", "total_input_tokens", "total_output_tokens", "mean_ttft_ms", "median_ttft_ms", "p99_ttft_ms",

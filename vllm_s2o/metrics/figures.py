@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vllm_s2o.metrics import place
 from vllm_s2o.metrics.channel import Series, Writer, read, write_alone
-from vllm_s2o.stats import density
+from vllm_s2o.step_log import density
 
 TOKENS = Series(
     "counter", "vllm_s2o_prefill_tokens",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...cli.server import Server, ServerError
-from ...stats import LOG_INTERVAL, pairs
+from ...step_log import LOG_INTERVAL, pairs
 from ..capture import Source
 from .answers import Answer
 from .client import Client
