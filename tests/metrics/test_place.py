@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from processes import ROOT
@@ -105,6 +106,16 @@ def test_a_server_is_found_while_it_runs(holder):
     one.end()
     assert place.running() == []
     assert list(place.base().iterdir()) == []
+
+
+def test_servers_are_listed_by_number(holder):
+    """Not by the digits of their names: 10 is after 9."""
+    holders = [holder() for _ in range(3)]
+    directories = [Path(held.directory) for held in holders]
+    for number, directory in zip((9, 101, 10), directories, strict=True):
+        about = json.loads((directory / place.ABOUT).read_text())
+        (directory / place.ABOUT).write_text(json.dumps(about | {"pid": number}))
+    assert [server.pid for server in place.running()] == [9, 10, 101]
 
 
 def test_what_a_killed_server_leaves_is_removed_by_the_next_one(holder):

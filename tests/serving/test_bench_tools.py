@@ -17,6 +17,7 @@ from serving import BASE_ARGS, ONE_PROCESS
 pytestmark = pytest.mark.serving
 
 
+@pytest.mark.long
 def test_bench_serve(s2o, model, tmp_path):
     figures = latency.bench(s2o, str(model), latency.Load(2100, 4, 1, 1, 0), tmp_path)
     assert (figures["completed"], figures["total_input_tokens"], figures["total_output_tokens"]) == (1, 2100, 4)

@@ -142,14 +142,14 @@ def sweep() -> None:
 
 
 def running() -> list[Server]:
-    """This user's servers on this machine."""
+    """This user's servers on this machine, by their process's number."""
     servers = []
     for directory in _directories():
         if _alive(directory):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # one that starts or ends just now
                 about = json.loads((directory / ABOUT).read_text())
                 servers.append(Server(directory, int(about["pid"]), str(about["model"]), Path(about["figures"])))
-    return servers
+    return sorted(servers, key=lambda server: server.pid)
 
 
 def here() -> Server | None:
