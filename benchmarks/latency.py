@@ -23,7 +23,7 @@ ALSO = {
     "decode": (Load(1024, 256, 8, 32, 8, 3),),
 }
 MEMORY = 0.9
-"""The share of a GPU's memory that servers get together, vLLM's default for one."""
+"""The share of a GPU's memory that servers get together, about what vLLM takes for one."""
 CONTEXT = 8192
 """Tokens, where servers share the memory: a large model's whole context needs more, and short prompts are asked."""
 

@@ -73,7 +73,9 @@ def alone(llama):
     return found
 
 
-@pytest.mark.parametrize("layout", ["tensor", pytest.param("pipeline", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "layout", [pytest.param(layout, marks=[pytest.mark.long] * (layout == "pipeline")) for layout in LAYOUTS]
+)
 def test_layouts(layout, llama, alone, tmp_path):
     """Thresholds of layers and heads are the model's, whoever computes them; each token is counted once."""
     options = engines.options(llama, {**CONFIG, "threshold": THRESHOLD, "layers": OVERRIDES}, **LAYOUTS[layout])
