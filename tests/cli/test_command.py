@@ -1,6 +1,7 @@
 """The console script as installed: every example of its help and of README, with vLLM and without."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -142,12 +143,14 @@ def test_a_refusal_of_the_script(script):
     assert len(ended.stderr.splitlines()) == 1
 
 
-def test_output_that_nobody_takes(environment, place):
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_output_that_nobody_takes(environment, place, unbuffered):
     """`head` has enough after a line, and a disk may be full: no traceback."""
     script = shlex.quote(str(environment.directory / "bin" / "vllm-s2o"))
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
 
     def shell(line: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["bash", "-c", line], cwd=place, capture_output=True, text=True)
+        return subprocess.run(["bash", "-c", line], cwd=place, env=env, capture_output=True, text=True)
 
     ended = shell(f"{script} config explain | true; exit ${{PIPESTATUS[0]}}")
     assert (ended.returncode, ended.stderr) == (1, "")

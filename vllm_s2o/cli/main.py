@@ -62,8 +62,17 @@ def main() -> None:
     except OSError as error:  # a full disk, say; click ends quietly where the reader of a pipe has gone
         where = f" ({error.filename})" if error.filename else ""
         click.echo(f"{PROGRAM}: reading or writing failed: {error.strerror or error}{where}.", err=True)
+        _drop_output()
         status = 1
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _drop_output() -> None:
+    """What stdout does not take: Python would try again at its end, show an exception and end with 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refuse(error: click.ClickException) -> int:
