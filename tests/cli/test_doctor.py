@@ -1,13 +1,13 @@
 """`vllm-s2o doctor`: what it makes of machines and environments that are not this one."""
 
 import json
-import os
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from models import write_smollm2
+from processes import python_path
 
 from vllm_s2o import plugin
 from vllm_s2o.cli import checks, diagnosis, probe
@@ -373,7 +373,7 @@ def test_a_process_that_dies_is_an_answer(tmp_path, monkeypatch):
     """As it does where a library kills it: what was found before stays."""
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm" / "__init__.py").write_text("import os\nos.abort()\n")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("PYTHONPATH", python_path(tmp_path))
     answer = probe.ask()
     assert answer.entry_point == "vllm_s2o.plugin:register"
     assert (answer.vllm, answer.names) == (None, [])
@@ -383,7 +383,7 @@ def test_a_process_that_dies_is_an_answer(tmp_path, monkeypatch):
 def test_a_vllm_that_cannot_be_imported_is_an_answer(tmp_path, monkeypatch):
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm" / "__init__.py").write_text("raise OSError('libcudart.so.99: cannot open\\nshared object')\n")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("PYTHONPATH", python_path(tmp_path))
     assert probe.ask().failed == "OSError: libcudart.so.99: cannot open shared object"
 
 

@@ -12,7 +12,7 @@ import engines
 import pytest
 import torch
 from engines import CONFIG, THRESHOLD, agree, tokens
-from processes import CHANGED, ROOT, without
+from processes import CHANGED, ROOT, python_path, without
 
 from vllm_s2o.step_log import prefills
 
@@ -51,7 +51,7 @@ pytestmark = pytest.mark.skipif(
 def run(options: dict, cwd: Path) -> tuple[list, str]:
     """What a program writes of its engine, and its log."""
     asked = {"options": options, "prompts": PROMPTS, "generated": 4}
-    environment = without(*CHANGED) | ENVIRONMENT | {"PYTHONPATH": str(PROGRAM.parent)}
+    environment = without(*CHANGED) | ENVIRONMENT | {"PYTHONPATH": python_path(PROGRAM.parent)}
     command = [sys.executable, "-P", PROGRAM, json.dumps(asked), cwd / "found.json"]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]

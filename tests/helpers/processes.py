@@ -16,6 +16,11 @@ def without(*names: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in names}
 
 
+def python_path(*first: Path) -> str:
+    """For PYTHONPATH: some directories, before those that it has: what is installed may be found by it alone."""
+    return os.pathsep.join([*map(str, first), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def run(command: list[str | Path], cwd: Path, **env: str) -> str:
     """Run a program, which must succeed, and return what it printed last."""
     done = subprocess.run(command, cwd=cwd, env=without(*CHANGED) | env, capture_output=True, text=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from barriers import check_barriers
 from cases import DEVICE, error_bar, make_case
+from processes import python_path
 
 from vllm_s2o import S2OParams, attention, prefill_attention
 from vllm_s2o.kernels import cuda, prefill, rank
@@ -218,7 +219,7 @@ def test_compiled_for_a_hopper_gpu():
     """By the installed Triton, whose Gluon is not that of other versions, and within its shared memory."""
     script = Path(__file__).parents[1] / "helpers" / "compile_for_hopper.py"
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = str(script.parent)  # `make` keeps Python from looking beside a script
+    env["PYTHONPATH"] = python_path(script.parent)  # `make` keeps Python from looking beside a script
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     shared = dict(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import DEVICE, LAYOUTS, error_bar, make_case
+from processes import python_path
 
 from vllm_s2o.attention import stages, to_device
 from vllm_s2o.config import S2OParams
@@ -187,7 +188,7 @@ def test_compiled_for_a_gpu():
     """What the interpreter takes, a compiler need not. Computing tiles again fits wherever computing them does."""
     helpers = Path(__file__).parents[1] / "helpers"
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([str(helpers), *filter(None, [env.get("PYTHONPATH")])])
+    env["PYTHONPATH"] = python_path(helpers)
     script = helpers / "compile_triton.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env, timeout=550)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from processes import ROOT
+from processes import ROOT, python_path
 from serving import S2O, Server
 
 pytestmark = pytest.mark.serving
@@ -66,8 +66,7 @@ def ended(model, log_dir):
         file.write_text(text)
         add(name, env={"VLLM_S2O_CONFIG": str(file)})
     for name in AMBIGUOUS:
-        path = [str(checkout_with_a_second_file(log_dir / name)), os.environ.get("PYTHONPATH", "")]
-        add(name, env={"PYTHONPATH": os.pathsep.join(filter(None, path))})
+        add(name, env={"PYTHONPATH": python_path(checkout_with_a_second_file(log_dir / name))})
     with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), 2)) as pool:
         return dict(zip(cases, pool.map(run, cases.values()), strict=True))
 

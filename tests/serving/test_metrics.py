@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import openai
 import pytest
-from processes import CHANGED, ROOT, without
+from processes import CHANGED, ROOT, python_path, without
 from prometheus_client.parser import text_string_to_metric_families
 from serving import Server, VllmServe, write_small
 
@@ -113,7 +113,7 @@ class Told:
     def command(self, state: str) -> None:
         """In a process of its own."""
         command = [sys.executable, "-P", "-m", "vllm_s2o.cli", "switch", state, "--server", str(self.place.pid)]
-        environment = without(*CHANGED) | {"PYTHONPATH": str(ROOT)}
+        environment = without(*CHANGED) | {"PYTHONPATH": python_path(ROOT)}
         ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=START_SECONDS)
         assert (ended.returncode, ended.stderr) == (0, "")
         assert ended.stdout == f"server {self.place.pid} ({self.place.model}): S2O is {state} for new prompts\n"
