@@ -11,15 +11,17 @@ from pathlib import Path
 import engines
 import pytest
 import torch
-from engines import CONFIG, THRESHOLD, agree, tokens
+from engines import EXACT, agree, tokens
 from processes import CHANGED, ROOT, python_path, without
 
 from vllm_s2o.step_log import prefills
 
 PROGRAM = ROOT / "tests" / "helpers" / "engine_program.py"
 PROMPTS = [tokens(700, 1), tokens(40, 2), tokens(400, 3)]
-# One head keeps all of its pairs, and each layer has a threshold of its own.
-OVERRIDES = [{"layers": 1, "threshold": 2 * THRESHOLD}, {"layers": 2, "heads": [3], "threshold": 0.0}]
+# All of a layer stops as soon as it may, and one head of another: no gain is near such a threshold.
+EARLY = 0.99
+OVERRIDES = [{"layers": 1, "threshold": EARLY}, {"layers": 2, "heads": [3], "threshold": EARLY}]
+WRONG = [[OVERRIDES[0], OVERRIDES[1] | {"heads": [1]}], [OVERRIDES[0] | {"layers": 0}, OVERRIDES[1]]]
 LAYOUTS = {
     "tensor": {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
     "pipeline": {
@@ -40,8 +42,6 @@ else:
         "VLLM_ALLREDUCE_USE_FLASHINFER": "0", "NCCL_NVLS_ENABLE": "0", "NVSHMEM_DISABLE_NVLS": "1",
         "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     }  # fmt: skip
-FAR = 10 * engines.TOLERANCE if engines.CPU else 4 * engines.TOLERANCE
-"""Apart, as log-probabilities with other thresholds are somewhere."""
 
 pytestmark = pytest.mark.skipif(
     not engines.CPU and torch.accelerator.device_count() < 2, reason="needs two GPUs, or a CPU"
@@ -59,28 +59,55 @@ def run(options: dict, cwd: Path) -> tuple[list, str]:
 
 
 def in_this_process(llama, overrides) -> list[engines.Said]:
-    with engines.engine(llama, {**CONFIG, "threshold": THRESHOLD, "layers": overrides}) as llm:
+    with engines.engine(llama, {**EXACT, "layers": overrides}) as llm:
         return list(map(engines.said, engines.ask(llm, PROMPTS)))
 
 
 @pytest.fixture(scope="module")
 def alone(llama):
-    """One process, the same thresholds, which others would not have been."""
-    found = in_this_process(llama, OVERRIDES)
-    for wrong in ([OVERRIDES[0], OVERRIDES[1] | {"heads": [1]}], [OVERRIDES[0] | {"layers": 0}, OVERRIDES[1]]):
-        other = in_this_process(llama, wrong)
-        assert (torch.tensor(found[0].prompt) - torch.tensor(other[0].prompt)).abs().max() > FAR
-    return found
+    """One process, the same thresholds."""
+    return in_this_process(llama, OVERRIDES)
+
+
+def of_prompts(answers) -> list[torch.Tensor]:
+    return [torch.tensor(answer.prompt) for answer in answers]
+
+
+def apart(ours, theirs) -> list[float]:
+    """How far answers are from others, for each prompt."""
+    prompts = (
+        (torch.tensor(mine.prompt), torch.tensor(other.prompt)) for mine, other in zip(ours, theirs, strict=True)
+    )
+    return [engines.distance(*both) for both in prompts]
+
+
+@pytest.fixture(scope="module")
+def others(llama, alone) -> list[float]:
+    """How far thresholds of another layer or head would be, where a prompt is not dense."""
+    found = [apart(in_this_process(llama, overrides), alone) for overrides in WRONG]
+    nearest = [min(distances) for distances in zip(*found, strict=True)]
+    assert [distance > engines.TOLERANCE for distance in nearest] == [len(prompt) > 256 for prompt in PROMPTS]
+    return nearest
 
 
 @pytest.mark.parametrize(
     "layout", [pytest.param(layout, marks=[pytest.mark.long] * (layout == "pipeline")) for layout in LAYOUTS]
 )
-def test_layouts(layout, llama, alone, tmp_path):
-    """Thresholds of layers and heads are the model's, whoever computes them; each token is counted once."""
-    options = engines.options(llama, {**CONFIG, "threshold": THRESHOLD, "layers": OVERRIDES}, **LAYOUTS[layout])
+def test_layouts(layout, llama, alone, others, tmp_path):
+    """Thresholds of layers and heads are the model's, whoever computes them; each token is counted once.
+
+    Ranks that share a layer add their parts of it, and so round it otherwise than one process does. In 16 bits that
+    ranks a key elsewhere here and there, and what a tile visits changes with it: measured on a CPU with a GPU's tiles,
+    prompts are up to 0.037 apart then, where other thresholds are 0.45 apart and more. What runs dense is 0.006 apart.
+    """
+    options = engines.options(llama, {**EXACT, "layers": OVERRIDES}, **LAYOUTS[layout])
     (answers, tokens_by_path, visited, causal), log = run(options, tmp_path)
-    agree([engines.Said(*answer) for answer in answers], alone)
+    ours = [engines.Said(*answer) for answer in answers]
+    if engines.CPU or layout == "pipeline":
+        agree(ours, alone)
+    else:
+        for far, other in zip(apart(ours, alone), others, strict=True):
+            assert far <= max(engines.TOLERANCE / 4, other / 3)
     assert 0 < min(step.density for step in prefills(log)) < 0.9
     assert tokens_by_path == {"sparse": 1100, "dense below min_seq_len": 40}
     # Of the first rank's heads, in all layers.
