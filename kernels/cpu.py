@@ -62,15 +62,22 @@ def attend(
         mine = [i for i, tile in enumerate(tile_rows) if tile[0] == index]
         firsts = [tile_rows[i][1] for i in mine]
         counts = [tile_rows[i][2] for i in mine]
+        dense = torch.tensor([tile_rows[i][3] > 0 for i in mine])
         for kv_head in range(num_kv_heads):
             heads = slice(kv_head * group, (kv_head + 1) * group)
             ranks = torch.arange(segment[NUM_QUERIES]).expand(group, -1)
             if order is not None:
                 ranks = order[index, heads, : segment[NUM_QUERIES]].long()
-            stacked = _Segment(query, segment, heads, ranks, firsts, counts, thresholds[heads], scale, stop_rule)
+            # Nothing gains less than 0: a dense tile never stops.
+            rules = torch.where(dense, 0.0, thresholds[heads, None]).flatten()
+            stacked = _Segment(query, segment, heads, ranks, firsts, counts, rules, scale, stop_rule)
             _inside(stacked, key_cache, value_cache, block_table, segment, kv_head)
-            ranking = naive.ranking_of(slots, segment, kv_head)[: segment[VISIT_LIMIT]]
-            _history(stacked, key_cache, value_cache, ranking, kv_head, key_block, stop_interval)
+            ranking, limit = naive.ranking_of(slots, segment, kv_head), segment[VISIT_LIMIT]
+            every = torch.arange(len(rules))
+            for active, first, end in ((every, 0, limit), (every[dense.repeat(group)], limit, len(ranking))):
+                _history(
+                    stacked, active, key_cache, value_cache, ranking[:end], first, kv_head, key_block, stop_interval
+                )
             stacked.write(out, value_scale)
             visited[mine, heads] = stacked.pairs().T
     return visited
@@ -94,7 +101,7 @@ class _Segment:
         self.position = segment[QUERY_POS] + chosen.flatten(0, 1)
         self.head = torch.arange(heads.start, heads.stop).repeat_interleave(tiles)[:, None]
         self.q = query[self.row, self.head].float() * scale
-        self.threshold = thresholds.repeat_interleave(tiles)
+        self.threshold = thresholds
         self.m = torch.full(self.row.shape, -math.inf)
         self.l = torch.zeros(self.row.shape)
         self.acc = torch.zeros(*self.row.shape, query.shape[2])
@@ -147,10 +154,11 @@ def _inside(stacked: _Segment, key_cache, value_cache, block_table, segment, kv_
         stacked.add(active, logits, naive.read_rows(value_cache, lie, kv_head))
 
 
-def _history(stacked: _Segment, key_cache, value_cache, ranking, kv_head: int, key_block: int, stop_interval: int):
-    """Pass 2: the ranking, step by step, over the tiles that still gain."""
-    active = torch.arange(len(stacked.q))
-    seen = 0
+def _history(
+    stacked: _Segment, active, key_cache, value_cache, ranking, seen: int, kv_head: int, key_block: int,
+    stop_interval: int,
+):  # fmt: skip
+    """Pass 2: the ranking after the keys that were `seen`, step by step, over the tiles that still gain."""
     while seen < len(ranking) and len(active):
         now = ranking[seen : seen + key_block * naive.step_blocks(seen // key_block, stop_interval)]
         seen += len(now)

@@ -178,7 +178,8 @@ def _visit(
         limit = tasks.index(task + 4).load(one).item()
         work = tasks.index(task + 7).load(one).item()
         head = work % num_heads
-        threshold = gl.load(Thresholds + head)
+        dense = tasks.index(task + 8).load(one).item() > 0
+        threshold = gl.where(dense, 0.0, gl.load(Thresholds + head))
         num_inside = gl.cdiv(query_pos + rows - history, BLOCK)
         q = queries.index(slot * HALVES + half)
         inside = query_pos - history + row  # place in the segment

@@ -13,9 +13,9 @@ ROWS = gl.constexpr(64)
 """Query rows of a warp group."""
 
 
-FIELDS = gl.constexpr(8)
+FIELDS = gl.constexpr(9)
 """Numbers that tell what a tile is: first query row, its position, rows (-1: no tile is left), history, limit, where
-its ranking begins, sequence, and its index among tiles times heads."""
+its ranking begins, sequence, its index among tiles times heads, and whether it is dense."""
 
 
 @gluon.jit
@@ -31,15 +31,16 @@ def _announce(
     task = slot * FIELDS
     if work < num_works:
         head, tile = work % num_heads, work // num_heads
-        segment = gl.load(Tiles + tile * 3)
-        first = gl.load(Tiles + tile * 3 + 1)
-        rows = gl.load(Tiles + tile * 3 + 2)
+        segment = gl.load(Tiles + tile * 4)
+        first = gl.load(Tiles + tile * 4 + 1)
+        rows = gl.load(Tiles + tile * 4 + 2)
         # All of them before the first store, which they would wait for.
         sequence = gl.load(Segments + segment * 7)
         query_row = gl.load(Segments + segment * 7 + 1) + first
         query_pos = gl.load(Segments + segment * 7 + 2) + first
         history = gl.load(Segments + segment * 7 + 4)
-        limit = gl.load(Segments + segment * 7 + 5)
+        dense = gl.load(Tiles + tile * 4 + 3)
+        limit = gl.where(dense > 0, history, gl.load(Segments + segment * 7 + 5))
         ranking = gl.load(Segments + segment * 7 + 6) + head // GROUP * history
         tasks.index(task).store(gl.full([1], query_row, gl.int32, one))
         tasks.index(task + 1).store(gl.full([1], query_pos, gl.int32, one))
@@ -49,6 +50,7 @@ def _announce(
         tasks.index(task + 5).store(gl.full([1], ranking, gl.int32, one))
         tasks.index(task + 6).store(gl.full([1], sequence, gl.int32, one))
         tasks.index(task + 7).store(gl.full([1], work, gl.int32, one))
+        tasks.index(task + 8).store(gl.full([1], dense, gl.int32, one))
         row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         d = gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
         at = Query + query_row.to(gl.int64) * stride_q_token + head.to(gl.int64) * stride_q_head

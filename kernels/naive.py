@@ -6,7 +6,7 @@ A stage has the same name and arguments here, in `cpu.py` and in the Triton file
     key_cache      [num_blocks, block_size, num_kv_heads, head_size], any strides; value_cache likewise
     block_table    [num_seqs, max_blocks] int32
     segments       [num_segments, 7] int32, the columns of `plan.Segment`
-    tiles          [num_tiles, 3] int32, the columns of `plan.Tile`
+    tiles          [num_tiles, 4] int32, the columns of `plan.Tile`
     slots          [num_slots] int32: the rankings, one behind the other (`plan.Segment.offset`)
     order          [num_segments, num_heads, segment_len] int32, or None for the order of positions
     thresholds     [num_heads] fp32
@@ -213,7 +213,7 @@ def attend(
 
     After each step of `step_blocks` key blocks the marginal gain of a row is taken: the mass that these blocks
     added, relative to the accumulated mass, per block. The tile stops once no row ("worst_row"), or
-    not the mean over its rows ("mean_row"), gains `threshold` any more.
+    not the mean over its rows ("mean_row"), gains `threshold` any more. Dense tiles visit all.
 
     Writes `out`, shaped like query; returns the pairs visited, [num_tiles, num_heads] int64.
 
@@ -224,7 +224,7 @@ def attend(
     num_heads, head_size = query.shape[1:]
     block_size, num_kv_heads = key_cache.shape[1:3]
     visited = torch.zeros(len(tiles), num_heads, dtype=torch.int64, device=query.device)
-    for index, (seg, first, rows) in enumerate(tiles.tolist()):
+    for index, (seg, first, rows, dense) in enumerate(tiles.tolist()):
         segment = segments[seg].tolist()
         for head in range(num_heads):
             kv_head = head * num_kv_heads // num_heads
@@ -243,7 +243,7 @@ def attend(
             pairs = int((positions - segment[HISTORY] + 1).sum())
 
             # Pass 2: the history, most important keys first.
-            ranking = ranking_of(slots, segment, kv_head)[: segment[VISIT_LIMIT]]
+            ranking = ranking_of(slots, segment, kv_head)[: segment[HISTORY if dense else VISIT_LIMIT]]
             seen = 0
             while seen < len(ranking):
                 m, mass = softmax.m, softmax.l
@@ -255,7 +255,7 @@ def attend(
                 gain = 1 - mass * torch.exp(m - softmax.m) / softmax.l
                 gain = gain.nan_to_num(0).clamp(min=0) / -(-len(now) // key_block)
                 judged = gain.max() if stop_rule == "worst_row" else gain.mean()
-                if judged < thresholds[head]:
+                if judged < thresholds[head] and not dense:
                     break
             out[segment[QUERY_ROW] + chosen, head] = (softmax.output() * value_scale).to(out.dtype)
             visited[index, head] = pairs + seen * rows

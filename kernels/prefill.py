@@ -110,9 +110,9 @@ def _tile(
 ):  # fmt: skip
     """One tile of query rows of one head."""
     kv_head = head // GROUP
-    segment = tl.load(Tiles + tile * 3)
-    first = tl.load(Tiles + tile * 3 + 1)
-    rows = tl.load(Tiles + tile * 3 + 2)
+    segment = tl.load(Tiles + tile * 4)
+    first = tl.load(Tiles + tile * 4 + 1)
+    rows = tl.load(Tiles + tile * 4 + 2)
     seq = tl.load(Segments + segment * 7)
     query_row = tl.load(Segments + segment * 7 + 1)
     query_pos = tl.load(Segments + segment * 7 + 2)
@@ -159,9 +159,10 @@ def _tile(
         acc, m, l = _softmax_step(acc, m, l, logits, v, scale, PRECISION, CAREFUL)
 
     # Pass 2: the history, most important keys first, until the tile gains nothing more.
-    limit = tl.load(Segments + segment * 7 + 5)
+    dense = tl.load(Tiles + tile * 4 + 3) > 0
+    limit = tl.where(dense, history, tl.load(Segments + segment * 7 + 5))
     ranking = Slots + tl.load(Segments + segment * 7 + 6) + kv_head * history
-    threshold = tl.load(Thresholds + head)
+    threshold = tl.where(dense, 0.0, tl.load(Thresholds + head))
     seen = 0
     going = limit > 0
     while going:

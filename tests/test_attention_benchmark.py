@@ -66,7 +66,7 @@ def test_the_stop_rule_lands_on_the_density(modules, problem):
 
 
 def test_a_provider_runs_what_a_server_runs(modules, problem):
-    mine = modules[1].S2O(problem, S2OParams(threshold=0.0))
+    mine = modules[1].S2O(problem, S2OParams(dense_tail=0, threshold=0.0))
     assert mine.run().sum() == mine.causal
     rows = problem.rows()
     assert modules[2].relative_error(mine.out, modules[0].exact_rows(problem, rows), rows) < 1e-8
@@ -78,7 +78,7 @@ def test_what_is_rounded_to_fp8_stays_near(modules, problem):
     rows = problem.rows()
     exact = modules[0].exact_rows(rounded, rows)
     assert torch.equal(exact, modules[0].exact_rows(problem, rows))
-    mine = modules[1].S2O(rounded, S2OParams(threshold=0.0))
+    mine = modules[1].S2O(rounded, S2OParams(dense_tail=0, threshold=0.0))
     assert mine.run().sum() == mine.causal
     assert mine.out.dtype == problem.value.dtype
     assert 1e-5 < modules[2].relative_error(mine.out, exact, rows) < modules[2].FP8_ERROR
@@ -88,7 +88,7 @@ def test_what_is_rounded_to_fp8_stays_near(modules, problem):
         (wide.query, wide.key_cache, wide.value_cache), strict=True,
     ):  # fmt: skip
         assert torch.equal(numbers.double() * scale, stand_for.double())
-    same = modules[1].S2O(wide, S2OParams(threshold=0.0))
+    same = modules[1].S2O(wide, S2OParams(dense_tail=0, threshold=0.0))
     same.run()
     torch.testing.assert_close(mine.out, same.out, rtol=1e-4, atol=1e-5)
 

@@ -13,7 +13,7 @@ from vllm_s2o import S2OParams
 from vllm_s2o.quality.capture import attention_inputs, dense_attention
 from vllm_s2o.quality.cost import sparse_attention
 
-PARAMS = S2OParams(threshold=0.1, segment_len=64, tile_size=32, key_block=16)
+PARAMS = S2OParams(dense_tail=0, threshold=0.1, segment_len=64, tile_size=32, key_block=16)
 
 
 @pytest.fixture(scope="module")

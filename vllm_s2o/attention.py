@@ -100,8 +100,10 @@ def plan_step(
     num_kv_heads: int,
     seqs: list[int] | None = None,
     max_slots: int = MAX_SLOTS,
+    prompt_lens: Sequence[int] | None = None,
 ) -> StepPlan:
-    """`make_plan` with what `params` say."""
+    """`make_plan` with what `params` say; `prompt_lens` as in `prefill_attention`."""
+    ends = seq_lens if prompt_lens is None else prompt_lens
     return make_plan(
         query_lens,
         seq_lens,
@@ -112,6 +114,7 @@ def plan_step(
         by_position=params.query_order == "position",
         budget=params.budget,
         seqs=seqs,
+        dense_from=[end - params.dense_tail for end in ends] if params.dense_tail else None,
     )
 
 
@@ -319,6 +322,7 @@ def prefill_attention(
     seq_lens: torch.Tensor,
     scale: float,
     params: S2OParams,
+    prompt_lens: Sequence[int] | None = None,
     out: torch.Tensor | None = None,
     key_scale: float = 1.0,
     value_scale: float = 1.0,
@@ -336,6 +340,8 @@ def prefill_attention(
         seq_lens: [num_seqs] int32, the new tokens included.
         scale: factor on the logits, as a rule head_size ** -0.5.
         params: threshold, segment length and the rest; `threshold=0` computes dense attention.
+        prompt_lens: tokens of each sequence's prompt, from whose end `params.dense_tail` counts: more than its length
+            in all chunks of a prompt but the last. By default the length.
         key_scale, value_scale: what the numbers of fp8 caches are multiplied by to be keys and values.
         out: written in place where given, shaped and typed like query, its last dimension dense.
         return_stats: also return the visited and the causal pairs.
@@ -362,13 +368,17 @@ def prefill_attention(
     starts, lens = query_start_loc.tolist(), seq_lens.tolist()
     query_lens = [b - a for a, b in itertools.pairwise(starts)]
     _check_lengths(starts, query_lens, lens, query.shape[0], block_table.shape[1] * key_cache.shape[1])
+    _require(
+        prompt_lens is None or len(prompt_lens) == len(lens),
+        f"prompt_lens must have one entry for each of the {len(lens)} sequences, got {len(prompt_lens or ())}",
+    )
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     # The kernels know one stride of each, and count a tile's rows in 32 bits: the caches, which are large, are read
     # with any strides.
     query = query if query.stride(-1) == 1 and query.stride(0) < MAX_ROW_STRIDE else query.contiguous()
     block_table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
-    plan = plan_step(query_lens, lens, params, key_cache.shape[2])
+    plan = plan_step(query_lens, lens, params, key_cache.shape[2], prompt_lens=prompt_lens)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
         visited = run(

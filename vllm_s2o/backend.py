@@ -242,7 +242,9 @@ class S2OMetadataBuilder(DENSE_BUILDER):
             return None
         prompts.note_sparse([owners[row] for row in sparse], [query_lens[row] for row in sparse])
         num_kv_heads = self.kv_cache_spec.num_kv_heads
-        plan = attention.plan_step(query_lens, seq_lens, self.s2o.params, num_kv_heads, sparse, self.s2o_slots)
+        # Of a request that is not known, any chunk may be the prompt's last one.
+        ends = [(prompt.length if prompt else 0) or end for end, prompt in zip(seq_lens, owners, strict=True)]
+        plan = attention.plan_step(query_lens, seq_lens, self.s2o.params, num_kv_heads, sparse, self.s2o_slots, ends)
         starts = list(itertools.accumulate(query_lens, initial=0))
         dense = []
         for first, last in dense_runs(query_lens, sparse):

@@ -29,6 +29,7 @@ ALLOWED: dict[type[BaseModel], dict[str, str]] = {
         "segment_len": "a positive multiple of tile_size up to 65536",
         **dict.fromkeys(("tile_size", "key_block", "num_classes"), _POWER),
         "stop_interval": "a whole number from 1 to 64",
+        "dense_tail": "a whole number from 0 to 65536",
         "stop_rule": "worst_row or mean_row",
         "query_order": "position or guide",
         "budget": "a number above 0 and up to 1",

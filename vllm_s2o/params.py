@@ -40,6 +40,11 @@ class S2OParams(BaseModel):
     query_order: Literal["position", "guide"] = Field(
         "position", description="Order in which a segment's queries are tiled: by position, or by a guide vector."
     )
+    dense_tail: int = Field(
+        128, ge=0, le=65536, strict=True,
+        description="Tokens at a prompt's end that attend to all keys, with the tile that they begin in: the answer is "
+        "read from them, and each of them asks for something else.",
+    )  # fmt: skip
     num_classes: Power = Field(32, description="Importance classes that the keys are ranked into.")
     budget: float | None = Field(
         None, gt=0, le=1, strict=True, allow_inf_nan=False,

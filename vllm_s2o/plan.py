@@ -46,6 +46,8 @@ class Tile(NamedTuple):
     """Index into the wave's segments."""
     first: int
     rows: int
+    dense: int
+    """1 where the tile visits all of its history, whatever it gains and whatever the segment's `visit_limit`."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +89,24 @@ def split_segments(seq: int, query_row: int, query_len: int, seq_len: int, segme
         pos = end
 
 
-def split_tiles(index: int, segment: Segment, tile_size: int, by_position: bool) -> Iterator[Tile]:
+def split_tiles(
+    index: int, segment: Segment, tile_size: int, by_position: bool, dense_from: int | None = None
+) -> Iterator[Tile]:
     """Tiles of one segment. In position order their borders are absolute too, so that a prompt cut
-    in the middle of a segment leaves every other tile as it was."""
+    in the middle of a segment leaves every other tile as it was.
+
+    Args:
+        dense_from: tiles that hold this position of the sequence or a later one are dense. In another order, which is
+            not known here, any tile of the segment may hold it.
+    """
+    end = segment.query_pos + segment.num_queries
+    dense_from = end if dense_from is None else dense_from
     lead = (segment.query_pos - segment.history) % tile_size if by_position else 0
     first = 0
     while first < segment.num_queries:
         rows = min(tile_size - lead, segment.num_queries - first)
-        yield Tile(index, first, rows)
+        last = segment.query_pos + first + rows if by_position else end
+        yield Tile(index, first, rows, int(last > dense_from))
         first += rows
         lead = 0
 
@@ -135,6 +147,7 @@ def make_plan(
     by_position: bool = True,
     budget: float | None = None,
     seqs: Sequence[int] | None = None,
+    dense_from: Sequence[int] | None = None,
 ) -> StepPlan:
     """Cut the given rows of a batch into waves of segments and tiles.
 
@@ -145,6 +158,7 @@ def make_plan(
         by_position: tiles follow positions (else they follow the ranks of a query order).
         budget: share of the history that may be visited; None for all of it.
         seqs: the rows to attend here; all by default.
+        dense_from: per row of the batch, the position from which on queries attend to everything; none by default.
     """
     chosen = tuple(range(len(query_lens)) if seqs is None else seqs)
     attended = frozenset(chosen)  # looked up once per row
@@ -167,19 +181,23 @@ def make_plan(
         most_tiles = segment.num_queries // tile_size + 2
         full = used + need > max_slots or (len(batch) + 1) * longest > 2 * max_slots or tiles + most_tiles > MAX_TILES
         if batch and full:
-            waves.append(_wave(batch, used, tile_size, by_position))
+            waves.append(_wave(batch, used, tile_size, by_position, dense_from))
             batch, used, longest, tiles = [], 0, need, 0
         tiles += most_tiles
         batch.append(segment._replace(offset=used))
         used += need
     if batch:
-        waves.append(_wave(batch, used, tile_size, by_position))
+        waves.append(_wave(batch, used, tile_size, by_position, dense_from))
     pairs = tuple(
         causal_pairs(q, s) if i in attended else 0 for i, (q, s) in enumerate(zip(query_lens, seq_lens, strict=True))
     )
     return StepPlan(tuple(waves), chosen, len(query_lens), pairs)
 
 
-def _wave(segments: list[Segment], num_slots: int, tile_size: int, by_position: bool) -> Wave:
-    tiles = [t for i, s in enumerate(segments) for t in split_tiles(i, s, tile_size, by_position)]
+def _wave(
+    segments: list[Segment], num_slots: int, tile_size: int, by_position: bool, dense_from: Sequence[int] | None
+) -> Wave:
+    tiles: list[Tile] = []
+    for index, segment in enumerate(segments):
+        tiles += split_tiles(index, segment, tile_size, by_position, dense_from[segment.seq] if dense_from else None)
     return Wave(tuple(segments), tuple(tiles), num_slots, max(s.history for s in segments))

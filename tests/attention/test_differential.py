@@ -138,7 +138,7 @@ class Tile:
         self.logits[:, : len(own)] = self.logits[:, : len(own)].masked_fill(own > positions[:, None], -math.inf)
         self.values, self.own, self.params, self.segment = values, len(own), params, segment
         self.inside = int((positions - segment.history + 1).sum())
-        self.limit = segment.visit_limit
+        self.limit = segment.history if tile.dense else segment.visit_limit
 
     def mass(self, seen: int, origin: torch.Tensor) -> torch.Tensor:
         return (self.logits[:, : self.own + seen] - origin[:, None]).exp().sum(1)
@@ -172,7 +172,9 @@ class Tile:
 def stages_of(problem, implementation):
     """Wave by wave, what the stages give: (wave, slots, order, output of this wave, pairs)."""
     case, params, stage = problem.case, problem.params, attention.stages(implementation, DEVICE)
-    plan = attention.plan_step(case.query_lens, case.lens, params, case.key_cache.shape[2])
+    plan = attention.plan_step(
+        case.query_lens, case.lens, params, case.key_cache.shape[2], prompt_lens=problem.prompt_lens
+    )
     (thresholds,) = attention.device_thresholds([(params, case.query.shape[1])], DEVICE)
     query = case.query if case.query.stride(-1) == 1 else case.query.contiguous()
     for tables in attention.to_device(plan, DEVICE).waves:
@@ -218,7 +220,7 @@ def assert_like_the_oracle(problem, implementation) -> None:
             exact = Tile(case, params, segment, tile, head, ranking, order)
             seen, rest = divmod(int(pairs[index, head]) - exact.inside, tile.rows)
             assert rest == 0
-            exact.assert_may_stop_at(seen, thresholds[head])
+            exact.assert_may_stop_at(seen, 0.0 if tile.dense else thresholds[head])
             assert (mine[exact.rows, head].double() - exact.output(seen)).abs().max() <= bar
             judged[exact.rows, head] = False
             ties += 1
@@ -257,6 +259,7 @@ def assert_alone(problem, implementation, seq: int) -> None:
         "query": case.query[rows], "block_table": case.block_table[seq : seq + 1],
         "query_start_loc": torch.tensor([0, rows.stop - rows.start], dtype=torch.int32, device=DEVICE),
         "seq_lens": case.seq_lens[seq : seq + 1],
+        "prompt_lens": problem.prompt_lens and problem.prompt_lens[seq : seq + 1],
     }  # fmt: skip
     single, stats_single = prefill_attention(**alone, return_stats=True, implementation=implementation)
     assert torch.equal(single, batch[rows])

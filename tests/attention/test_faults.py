@@ -31,9 +31,9 @@ BAD = {"nan": NAN, "inf": INF, "-inf": -INF}
 TILE, BLOCK = (64, 32) if DEVICE.type == "cuda" else (16, 16)
 RULES = dict(segment_len=TILE, tile_size=TILE, key_block=BLOCK, stop_interval=1)
 PARAMS = {
-    "dense": S2OParams(threshold=0, **RULES),
-    "sparse": S2OParams(threshold=0.6, **RULES),
-    "guide": S2OParams(threshold=0.6, query_order="guide", **RULES),
+    "dense": S2OParams(dense_tail=0, threshold=0, **RULES),
+    "sparse": S2OParams(dense_tail=0, threshold=0.6, **RULES),
+    "guide": S2OParams(dense_tail=0, threshold=0.6, query_order="guide", **RULES),
 }
 # Four segments of one sequence, and of another the last chunk, which begins inside a segment.
 LENGTHS = dict(query_lens=[4 * TILE - 4, 5], seq_lens=[4 * TILE - 4, 2 * TILE + 2])
@@ -143,7 +143,7 @@ class TestOneBadNumber:
 
 def rankings(case, implementation, segment_len=64) -> list[torch.Tensor]:
     """Of each segment and KV head, as positions."""
-    params = S2OParams(segment_len=segment_len, tile_size=16)
+    params = S2OParams(dense_tail=0, segment_len=segment_len, tile_size=16)
     (wave,) = attention.to_device(attention.plan_step(case.query_lens, case.lens, params, 2), DEVICE).waves
     slots = attention.stages(implementation, DEVICE).rank_keys(
         case.query, case.key_cache, case.block_table, wave.segments, wave.wave.num_slots, params.num_classes,
@@ -307,7 +307,7 @@ EDGES = {
 )
 def test_short_and_empty_sequences(implementation, edge, order):
     case = make_case(*EDGES[edge], num_heads=4, num_kv_heads=2, head_size=32)
-    params = S2OParams(threshold=0, segment_len=32, tile_size=16, key_block=16, query_order=order)
+    params = S2OParams(dense_tail=0, threshold=0, segment_len=32, tile_size=16, key_block=16, query_order=order)
     out, stats = attend(case, params, implementation)
     assert out.shape == case.query.shape
     assert torch.equal(stats.visited_pairs, stats.causal_pairs)
@@ -416,7 +416,7 @@ def test_only_marked_tiles_are_computed_again(parts):
     prefill.attend_marked(*tensors, thresholds, out, report, **rules)
     rows = torch.zeros(case.query.shape[:2], dtype=torch.bool)
     for tile, head, _ in chosen:
-        index, first, count = wave.tiles[tile].tolist()
+        index, first, count, _ = wave.tiles[tile].tolist()
         begin = wave.segments[index, naive.QUERY_ROW] + first
         rows[begin : begin + count, head] = True
         assert report[tile, head, 0] == pairs[tile, head]

@@ -13,7 +13,7 @@ from vllm_s2o import S2OParams, attention, prefill_attention
 IMPLEMENTATIONS = ["naive", "triton", "cuda"] if DEVICE.type == "cuda" else ["naive", "cpu", "triton"]
 # On a GPU, what the kernels for Hopper take.
 TILE, DTYPE = (64, torch.float16) if DEVICE.type == "cuda" else (16, torch.float16)
-PARAMS = S2OParams(threshold=0, segment_len=TILE, tile_size=TILE, key_block=32)
+PARAMS = S2OParams(dense_tail=0, threshold=0, segment_len=TILE, tile_size=TILE, key_block=32)
 LENGTHS = ([TILE + 5, 7], [2 * TILE + 3, TILE + 9])
 
 

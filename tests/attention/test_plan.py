@@ -43,6 +43,20 @@ def test_budget_rounds_up():
     assert [s.visit_limit for s in plan.waves[0].segments] == [2]
 
 
+@given(rows=rows, by_position=st.booleans(), before_end=st.integers(-50, 400))
+def test_dense_tiles_are_those_at_the_end(rows, by_position, before_end):
+    query_lens, seq_lens = [q for q, _ in rows], [q + before for q, before in rows]
+    plan = make_plan(
+        query_lens, seq_lens, segment_len=64, tile_size=16, num_kv_heads=2, max_slots=5000, by_position=by_position,
+        dense_from=[length - before_end for length in seq_lens],
+    )  # fmt: skip
+    for wave in plan.waves:
+        for tile in wave.tiles:
+            segment = wave.segments[tile.segment]
+            rows_in = tile.first + tile.rows if by_position else segment.num_queries
+            assert tile.dense == (segment.query_pos + rows_in > seq_lens[segment.seq] - before_end)
+
+
 def test_rows_not_chosen_have_no_work():
     plan = make_plan([10, 20, 30], [10, 20, 30], segment_len=64, tile_size=16, num_kv_heads=1, max_slots=99, seqs=[1])
     assert [s.query_row for s in plan.waves[0].segments] == [10]

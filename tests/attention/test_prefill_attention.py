@@ -12,8 +12,8 @@ from vllm_s2o.kernels import naive
 from vllm_s2o.plan import most_segments, workspace_slots
 
 IMPLEMENTATIONS = ["triton", "cuda"] if DEVICE.type == "cuda" else ["cpu", "triton"]
-DENSE = S2OParams(threshold=0, segment_len=64, tile_size=32, key_block=16)
-SPARSE = S2OParams(threshold=0.05, segment_len=64, tile_size=32, key_block=16)
+DENSE = S2OParams(dense_tail=0, threshold=0, segment_len=64, tile_size=32, key_block=16)
+SPARSE = S2OParams(dense_tail=0, threshold=0.05, segment_len=64, tile_size=32, key_block=16)
 
 # Triton's interpreter computes on NumPy arrays, which know no bfloat16.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
@@ -87,10 +87,33 @@ def test_stats_count_pairs():
 @pytest.mark.parametrize("implementation", ["naive", *IMPLEMENTATIONS])
 def test_budget_visits_its_share(implementation):
     case = make_case([256], [256])
-    params = S2OParams(budget=0.25, segment_len=64, tile_size=32, key_block=16, threshold=0.9)
+    params = S2OParams(dense_tail=0, budget=0.25, segment_len=64, tile_size=32, key_block=16, threshold=0.9)
     _, stats = prefill_attention(**case.arguments, params=params, return_stats=True, implementation=implementation)
     inside = 4 * 64 * 65 // 2
     assert stats.visited_pairs[0].tolist() == [inside + sum(64 * h // 4 for h in (64, 128, 192))] * 4
+
+
+@pytest.mark.parametrize("rule", [dict(threshold=0.3), dict(budget=0.1)])
+@pytest.mark.parametrize("implementation", ["naive", *IMPLEMENTATIONS])
+def test_the_end_of_a_prompt_attends_to_everything(implementation, rule):
+    """To whole tiles, wherever chunks end; before it nothing changes."""
+    case = make_case([300, 150, 40], [300, 350, 150])
+    params = S2OParams(**rule, dense_tail=0, segment_len=64, tile_size=32, key_block=16)
+    some, few = prefill_attention(**case.arguments, params=params, return_stats=True, implementation=implementation)
+    out, stats = prefill_attention(
+        **case.arguments, params=params.model_copy(update={"dense_tail": 40}), prompt_lens=[300, 391, 160],
+        return_stats=True, implementation=implementation,
+    )  # fmt: skip
+    # Positions from 260 on of the first prompt, in the tiles from 256 on; none of this chunk of the second; from 120 on
+    # of the third, whose chunk begins at 110.
+    tail = torch.zeros(490, dtype=torch.bool, device=DEVICE)
+    tail[256:300] = tail[450:] = True
+    exact, bar = error_bar(case)
+    assert (out[tail] - exact[tail]).abs().max() <= bar
+    assert (some[tail] - exact[tail]).abs().max() > 10 * bar
+    assert torch.equal(out[~tail], some[~tail])
+    assert (stats.visited_pairs > few.visited_pairs).any(1).tolist() == [True, False, True]
+    assert torch.equal(stats.visited_pairs[2], stats.causal_pairs[2])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -145,7 +168,9 @@ def test_waves_change_nothing(implementation, monkeypatch):
     whole = prefill_attention(**case.arguments, params=SPARSE, implementation=implementation)
     plans = []
     small = attention.plan_step
-    monkeypatch.setattr(attention, "plan_step", lambda *a: plans.append(small(*a, max_slots=700)) or plans[-1])
+    monkeypatch.setattr(
+        attention, "plan_step", lambda *a, **k: plans.append(small(*a, **k, max_slots=700)) or plans[-1]
+    )
     waves = prefill_attention(**case.arguments, params=SPARSE, implementation=implementation)
     assert len(plans[0].waves) > 1
     assert all(len(w.segments) == 1 or w.num_slots <= 700 for w in plans[0].waves)
@@ -173,8 +198,8 @@ def size_of(buffers):
 
 WARM = {
     "default": S2OParams(),
-    "guide": S2OParams(query_order="guide", segment_len=256),
-    "thresholds of all ranks": S2OParams(threshold=(0.1,) * 8),
+    "guide": S2OParams(dense_tail=0, query_order="guide", segment_len=256),
+    "thresholds of all ranks": S2OParams(dense_tail=0, threshold=(0.1,) * 8),
 }
 
 
@@ -262,7 +287,7 @@ def test_a_cache_of_more_elements_than_32_bits_count(implementation):
         query_start_loc=torch.tensor([0, 40], dtype=torch.int32, device=DEVICE),
         seq_lens=torch.tensor([90], dtype=torch.int32, device=DEVICE), scale=0.125,
     )  # fmt: skip
-    params = S2OParams(threshold=0, segment_len=16, tile_size=16, key_block=16)
+    params = S2OParams(dense_tail=0, threshold=0, segment_len=16, tile_size=16, key_block=16)
     out = prefill_attention(**arguments, params=params, implementation=implementation)
     torch.testing.assert_close(out.float(), naive.dense_attention(**arguments), rtol=2e-3, atol=2e-3)
 
@@ -295,6 +320,7 @@ def bad(change, message):
         bad(lambda c: {"scale": 0.0}, "scale must be above 0"),
         bad(lambda c: {"params": {"threshold": 0.1}}, "params must be an S2OParams, got dict"),
         bad(lambda c: {"params": S2OParams(threshold=(0.1, 0.2))}, "threshold lists 2 heads, the query has 4"),
+        bad(lambda c: {"prompt_lens": [9]}, "prompt_lens must have one entry for each of the 2 sequences, got 1"),
         bad(lambda c: {"seq_lens": c.seq_lens.long()}, "seq_lens must be int32"),
         bad(lambda c: {"block_table": c.block_table[:1]}, "block_table must be int32 [2, max_blocks]"),
         bad(lambda c: {"query_start_loc": c.query_start_loc + 1}, "must ascend from 0"),

@@ -12,7 +12,7 @@ from vllm_s2o.kernels import naive
 IMPLEMENTATIONS = ["naive", *(["triton", "cuda"] if DEVICE.type == "cuda" else ["cpu", "triton"])]
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 EXACT = DEVICE.type == "cpu"
-SPARSE = S2OParams(threshold=0.05, segment_len=64, tile_size=32, key_block=16, num_classes=32)
+SPARSE = S2OParams(dense_tail=0, threshold=0.05, segment_len=64, tile_size=32, key_block=16, num_classes=32)
 LENGTHS = ([70, 200, 1], [300, 200, 90])
 
 

@@ -53,14 +53,15 @@ def book(monkeypatch):
     return book
 
 
-def step(sparse, batch, marks=None, layers=None, names=NAMES, runner=None):
-    """One step of the engine: every request was new, but those in decode and the chunk's beginning."""
-    marks = marks or {}
+def step(sparse, batch, marks=None, layers=None, names=NAMES, runner=None, lengths=None):
+    """One step of the engine: every request was new, but those in decode and the chunk's beginning. Prompts have
+    `lengths` where they do not end with the step."""
+    marks, lengths = marks or {}, lengths or {}
     lens = dict(zip(NAMES, zip(batch.query_lens, batch.seq_lens, strict=True), strict=True))
     output = scheduled(
         {name: query for name, (query, _) in lens.items()},
         [
-            new(name, seq - 1 if query == 1 else seq, seq - query, marks.get(name))
+            new(name, lengths.get(name, seq - 1 if query == 1 else seq), seq - query, marks.get(name))
             for name, (query, seq) in lens.items()
         ],
     )
@@ -92,6 +93,24 @@ def test_each_prompt_has_its_own_pairs(start, book):
     assert [chunk.visited + whole.visited, chunk.causal + whole.causal] == book.pairs_seen
     assert 0 < whole.density < 1 and 0 < chunk.density < 1
     assert whole.density != chunk.density
+
+
+def test_the_end_of_a_prompt_is_dense(start, book):
+    """Of a chunk with more to come no tile is; of a request that is not known, any chunk may be the last one."""
+    sparse = start({**SHORT, "threshold": 0.2, "dense_tail": 20})
+    batch = Batch(sparse.layers[0])
+
+    def dense_rows(**more) -> dict[int, int]:
+        metadata, _ = step(sparse, batch, **more)
+        (wave,) = metadata.s2o.plan.plan.waves
+        tiles = [(wave.segments[tile.segment].seq, tile) for tile in wave.tiles]
+        return {row: sum(tile.rows for seq, tile in tiles if seq == row and tile.dense) for row in LONG}
+
+    # Positions 480 to 499 of 500, and 130 to 149 of 150: from the tiles at 480 and at 128 on.
+    assert dense_rows() == {2: 20, 4: 22}
+    assert dense_rows(lengths={"chunk": 600, "whole": 151}) == {2: 0, 4: 22}
+    assert dense_rows(lengths={"chunk": 510}) == {2: 20, 4: 22}, "ten of twenty tokens are here"
+    assert dense_rows(lengths={"chunk": 600}, names=[*NAMES[1:], NAMES[0]]) == {2: 20, 4: 22}
 
 
 @pytest.mark.parametrize(("mark", "reason"), [("off", "switched off"), ("dense", "asked by the request")])

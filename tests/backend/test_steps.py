@@ -59,7 +59,7 @@ def test_long_rows_run_with_the_parameters_of_the_config(start, finished, dtype)
     layer = sparse.layers[0]
     batch = Batch(layer, dtype)
     out = batch.attend(layer, sparse.builder.build(0, batch.common))
-    params = S2OParams(threshold=0.2, segment_len=64, tile_size=32, key_block=16, stop_rule="mean_row")
+    params = S2OParams(dense_tail=0, threshold=0.2, segment_len=64, tile_size=32, key_block=16, stop_rule="mean_row")
     expected, stats = prefill_attention(**batch.case(layer, LONG).arguments, params=params, return_stats=True)
     assert rows_of(out, LONG).equal(expected)
     assert finished[0].visited.sum() == stats.visited_pairs.sum() < stats.causal_pairs.sum()
@@ -187,7 +187,7 @@ def test_layers_find_their_thresholds_on_the_device(start, finished, monkeypatch
 
 def test_thresholds_lie_where_kernels_were_compiled_for():
     """Triton compiles anew for an address that is no multiple of 16 bytes: warm-up would be in vain."""
-    params = [S2OParams(threshold=value) for value in (0.25, (0.5,) * 9, 0.125)]
+    params = [S2OParams(dense_tail=0, threshold=value) for value in (0.25, (0.5,) * 9, 0.125)]
     rows = attention.device_thresholds(list(zip(params, (9, 9, 3), strict=True)), CPU)
     assert [row.tolist() for row in rows] == [[0.25] * 9, [0.5] * 9, [0.125] * 3]
     assert {(row.data_ptr() - rows[0].data_ptr()) % 16 for row in rows} == {0}

@@ -9,7 +9,7 @@ from vllm_s2o.compat import caches
 
 CPU = torch.device("cpu")
 DENSE = compat.dense_backend()
-SHORT = {"segment_len": 64, "tile_size": 32, "key_block": 16, "min_seq_len": 128, "min_query_len": 32}
+SHORT = {"segment_len": 64, "tile_size": 32, "key_block": 16, "min_seq_len": 128, "min_query_len": 32, "dense_tail": 0}
 EXACT = {**SHORT, "threshold": 0.0}
 ALL_DENSE = {**EXACT, "layers": [{"layers": 0, "threshold": "dense"}]}
 

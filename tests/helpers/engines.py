@@ -26,7 +26,7 @@ CONTEXT = 4096
 VOCABULARY = 256
 CPU = current_platform.is_cpu()
 _TILES = {"tile_size": 32, "key_block": 16} if CPU else {"tile_size": 64, "key_block": 32}
-CONFIG = {"min_seq_len": 256, "min_query_len": 32, "segment_len": 64, **_TILES}
+CONFIG = {"min_seq_len": 256, "min_query_len": 32, "dense_tail": 0, "segment_len": 64, **_TILES}
 """Small enough for prompts of hundreds of tokens; on a GPU the smallest that the kernels in Gluon take."""
 EXACT = {**CONFIG, "threshold": 0.0}
 THRESHOLD = 0.15 if CPU else 0.3

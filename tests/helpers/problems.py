@@ -20,10 +20,11 @@ class Problem:
     params: S2OParams
     out: torch.Tensor
     """To be written, in memory of some strides; holds NaN."""
+    prompt_lens: list[int] | None = None
 
     @property
     def arguments(self) -> dict:
-        return self.case.arguments | {"params": self.params}
+        return self.case.arguments | {"params": self.params, "prompt_lens": self.prompt_lens}
 
 
 def strided(draw, shape: tuple[int, ...], dtype, dense_last: bool = False) -> torch.Tensor:
@@ -70,6 +71,7 @@ def problems(draw, dtypes=(torch.float32,), most: int = 320, small: bool = False
         stop_rule=draw(st.sampled_from(["worst_row", "mean_row"])),
         query_order=draw(st.sampled_from(["position", "position", "guide"])),
         num_classes=draw(st.sampled_from([16, 32, 32, 64, 128])),
+        dense_tail=draw(st.sampled_from([0, 0, 0, 1, tile, 100])),
     )  # fmt: skip
     if draw(st.integers(0, 5)) == 0:
         params["budget"] = draw(st.floats(0.01, 1.0))
@@ -81,7 +83,11 @@ def problems(draw, dtypes=(torch.float32,), most: int = 320, small: bool = False
     dtype = draw(st.sampled_from(dtypes))
     case = fill(draw, query_lens, lens, num_heads, num_kv_heads, head_size, dtype)
     out = strided(draw, tuple(case.query.shape), dtype, dense_last=True)
-    return Problem(case, S2OParams(**params), out)
+    beyond = st.sampled_from([0, 0, 1, tile, 200])  # of a chunk's sequence there is more to come
+    prompt_lens = draw(st.one_of(st.none(), st.tuples(*[beyond] * len(lens))))
+    if prompt_lens is not None:
+        prompt_lens = [length + more for length, more in zip(lens, prompt_lens, strict=True)]
+    return Problem(case, S2OParams(**params), out, prompt_lens)
 
 
 def fill(draw, query_lens, lens, num_heads: int, num_kv_heads: int, head_size: int, dtype) -> Case:

@@ -20,6 +20,7 @@ SMALL: dict[str, Any] = dict(query_lens=[150, 1, 70], seq_lens=[150, 90, 333])
 CASES: dict[str, dict[str, Any]] = {
     "dense": dict(params=dict(threshold=0.0)),
     "stops": dict(params=dict(threshold=0.4), layout="joined_blocks"),
+    "dense end": dict(params=dict(threshold=0.4, dense_tail=30)),
     "one half": dict(params=dict(threshold=0.3, tile_size=64, segment_len=64, key_block=32, stop_interval=1)),
     "fp16": dict(params=dict(threshold=0.02, stop_rule="mean_row"), dtype=torch.float16, head_size=64),
     "bad numbers": dict(params=dict(threshold=0.0), bad=True),
@@ -33,7 +34,7 @@ DEFAULTS: dict[str, Any] = dict(num_heads=2, num_kv_heads=1, head_size=128, dtyp
 
 def run(name: str, implementation: Implementation) -> None:
     options = dict(CASES[name])
-    params = S2OParams(**{"segment_len": 128, "stop_interval": 1} | options.pop("params"))
+    params = S2OParams(**{"dense_tail": 0, "segment_len": 128, "stop_interval": 1} | options.pop("params"))
     bad = options.pop("bad", False)
     fp8 = options.pop("fp8", False)
     case = make_case(**SMALL, **DEFAULTS | options)

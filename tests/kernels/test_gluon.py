@@ -27,10 +27,17 @@ RULES = {
     "mean row": dict(threshold=0.05, stop_rule="mean_row"),
     "short intervals": dict(threshold=0.02, key_block=32, stop_interval=1),
     "budget": dict(budget=0.3),
+    "dense end": dict(threshold=0.3, dense_tail=100),
+    "dense end of a budget": dict(budget=0.1, dense_tail=1),
     # Histories that no interval divides, and for tiles of 64 no block either: a ranking ends between two tests.
     "odd histories": dict(threshold=0.002),
     "odd histories, mean row": dict(threshold=0.001, stop_rule="mean_row", stop_interval=8),
 }
+
+
+def params_of(rule, tile):
+    segment_len = tile if rule.startswith("odd") else 256
+    return S2OParams(**{"dense_tail": 0, **RULES[rule]}, segment_len=segment_len, tile_size=tile)
 
 
 def one_wave(case, params):
@@ -64,7 +71,7 @@ def attended(module, case, params, wave, slots, thresholds, **options):
 )
 def test_votes_place_as_running_counts_do(query_lens, seq_lens):
     case = make_case(query_lens, seq_lens, num_heads=4, num_kv_heads=2, dtype=torch.bfloat16)
-    wave = one_wave(case, S2OParams(segment_len=64, tile_size=64))
+    wave = one_wave(case, S2OParams(dense_tail=0, segment_len=64, tile_size=64))
     assert torch.equal(ranked(cuda, case, wave), ranked(rank, case, wave))
 
 
@@ -79,7 +86,7 @@ def test_stops_where_the_triton_kernel_stops(dtype, head_size, tile, layout, rul
     from vllm_s2o.kernels import hopper
 
     case = make_case(**LENGTHS, num_heads=8, num_kv_heads=2, head_size=head_size, dtype=dtype, layout=layout)
-    params = S2OParams(segment_len=tile if rule.startswith("odd") else 256, tile_size=tile, **RULES[rule])
+    params = params_of(rule, tile)
     wave = one_wave(case, params)
     slots = ranked(rank, case, wave)
     thresholds = torch.full((8,), 0.0 if params.budget else params.threshold, device=DEVICE)
@@ -104,7 +111,7 @@ def test_it_does_not_matter_who_takes_a_tile(tile, rule):
     from vllm_s2o.kernels import hopper
 
     case = make_case(**LENGTHS, num_heads=8, num_kv_heads=2, dtype=torch.bfloat16)
-    params = S2OParams(segment_len=tile if rule.startswith("odd") else 256, tile_size=tile, **RULES[rule])
+    params = params_of(rule, tile)
     wave = one_wave(case, params)
     slots = ranked(rank, case, wave)
     thresholds = torch.full((8,), 0.0 if params.budget else params.threshold, device=DEVICE)
@@ -141,7 +148,7 @@ def test_the_bits_stay_where_the_gpu_is_shared(shared_gpu, tile):
     from vllm_s2o.kernels import hopper
 
     case = make_case([2000], [6000], num_heads=8, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
-    params = S2OParams(threshold=0.01, segment_len=256, tile_size=tile)
+    params = S2OParams(dense_tail=0, threshold=0.01, segment_len=256, tile_size=tile)
     wave = one_wave(case, params)
     slots = ranked(rank, case, wave)
     given = (case, params, wave, slots, torch.full((8,), params.threshold, device=DEVICE))
@@ -159,7 +166,7 @@ def test_many_tiles_that_stop_everywhere():
     from vllm_s2o.kernels import hopper
 
     case = make_case([3000, 517], [6000, 517], num_heads=32, num_kv_heads=8, head_size=128, dtype=torch.bfloat16)
-    params = S2OParams(segment_len=128, key_block=32, stop_interval=4)
+    params = S2OParams(dense_tail=0, segment_len=128, key_block=32, stop_interval=4)
     wave = one_wave(case, params)
     slots = ranked(rank, case, wave)
     thresholds = torch.logspace(-4, -0.3, 32, device=DEVICE)
@@ -177,7 +184,7 @@ def test_many_tiles_that_stop_everywhere():
 @pytest.mark.parametrize("head_size", [96, 256])
 def test_other_head_sizes_at_the_shipped_tile(head_size):
     case = make_case(**LENGTHS, num_heads=8, num_kv_heads=2, head_size=head_size, dtype=torch.bfloat16)
-    out = prefill_attention(**case.arguments, params=S2OParams(threshold=0.0, segment_len=256))
+    out = prefill_attention(**case.arguments, params=S2OParams(dense_tail=0, threshold=0.0, segment_len=256))
     exact, bar = error_bar(case)
     assert (out - exact).abs().max() <= bar
 
@@ -187,7 +194,7 @@ def test_other_head_sizes_at_the_shipped_tile(head_size):
 def test_a_step_does_not_wait_for_the_device():
     """From the plan to the output, once the kernels are compiled."""
     case = make_case(**LENGTHS, num_heads=8, num_kv_heads=2, dtype=torch.bfloat16)
-    params, out = S2OParams(threshold=0.01, segment_len=256), torch.empty_like(case.query)
+    params, out = S2OParams(dense_tail=0, threshold=0.01, segment_len=256), torch.empty_like(case.query)
 
     def step():
         plan = attention.to_device(attention.plan_step(case.query_lens, case.lens, params, 2), DEVICE)
@@ -210,7 +217,7 @@ def test_what_does_not_suit_takes_the_triton_kernel(why):
     dtype = torch.float32 if why == "dtype" else torch.bfloat16
     case = make_case([300], [300], head_size=96 if why == "head size" else 64, dtype=dtype)
     rules = {"order": dict(query_order="guide"), "interval": dict(key_block=16, stop_interval=1)}.get(why, {})
-    params = S2OParams(threshold=0.02, segment_len=128, **rules)
+    params = S2OParams(dense_tail=0, threshold=0.02, segment_len=128, **rules)
     ours = prefill_attention(**case.arguments, params=params)
     assert torch.equal(ours, prefill_attention(**case.arguments, params=params, implementation="triton"))
 

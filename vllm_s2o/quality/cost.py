@@ -73,7 +73,7 @@ def sparse_attention(layer: Layer, params: S2OParams, ends: Sequence[int] = ()) 
         block_table=pages.expand(len(ends), -1).contiguous(),
         query_start_loc=torch.tensor([0, *ends], dtype=torch.int32, device=device),
         seq_lens=torch.tensor(ends, dtype=torch.int32, device=device),
-        scale=layer.scale, params=params, return_stats=True,
+        prompt_lens=[len(layer.query)] * len(ends), scale=layer.scale, params=params, return_stats=True,
     )  # fmt: skip
     return out, (stats.visited_pairs.sum() / stats.causal_pairs.sum()).item()
 

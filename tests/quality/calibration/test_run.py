@@ -71,7 +71,7 @@ def test_a_candidate_is_measured_without_the_shipped_file():
     traits = ModelTraits("SmolLM2-135M-Instruct", "LlamaForCausalLM", 30, 9, 3, 64)
     assert load_config(traits).layer(0).threshold != 0.02
     choices = [Choice((1, 1, 1), 0.5, 0.01)] * 29 + [Choice((1, 0, 1), 0.5, 0.01)]
-    config = choose.as_config(traits, choices, S2OParams(segment_len=256), (0.01, 0.02))
+    config = choose.as_config(traits, choices, S2OParams(dense_tail=0, segment_len=256), (0.01, 0.02))
     assert [config.layer(layer).threshold for layer in (0, 28)] == [0.02, 0.02]
     assert config.layer(29).threshold == (*[0.02] * 3, *[0.01] * 3, *[0.02] * 3)
     assert config.params.segment_len == 256 and config.min_seq_len == 1
