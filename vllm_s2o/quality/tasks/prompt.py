@@ -1,5 +1,6 @@
 """A prompt with what a right answer holds, in tokens of the model that is asked, cut to a length."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -72,14 +73,20 @@ def longest(build: Callable[[int], list[int]], most: int) -> list[int] | None:
     fits, found = 0, build(0)
     if (empty := len(found)) > most:
         return None
-    # Almost every unit takes the same number of tokens: a few guesses come close. Should they not, halving does.
-    fails, rate, guesses = None, 8.0, 0
+    # Almost every unit takes the same number of tokens: the next guess is as far as the last one was off, and further
+    # the more often it ended on the same side, so that what is sought is soon between two guesses. Should it not be,
+    # halving does.
+    fails, rate, off, repeated, guesses = None, 8.0, float(most - empty), 0, 0
     while fails is None or fails - fits > 1:
-        tried = fits + max(1, int((most - len(found)) / rate))
+        step = max(1, math.ceil(abs(off) / rate)) + 2**repeated - 1
+        tried = fits + step if off >= 0 or fails is None else fails - step
         if fails is not None:
-            tried = min(tried, fails - 1) if guesses < 8 else (fits + fails) // 2
+            tried = min(max(tried, fits + 1), fails - 1) if guesses < 8 else (fits + fails) // 2
         ids = build(tried)
-        if len(ids) <= most:
+        side = len(ids) <= most
+        repeated = repeated + 1 if fails is not None and side == (off >= 0) else 0
+        off = most - len(ids)
+        if side:
             fits, found = tried, ids
         else:
             fails = tried
