@@ -34,6 +34,24 @@ def test_without_skipping_a_batch_says_what_dense_attention_says(llama, witness)
     assert seen.rel_error <= engines.REL_ERRORS[engines.DTYPE]
 
 
+def test_the_end_of_a_prompt_is_dense(llama, witness):
+    """Of its last chunk alone, and with a decode beside it that has no part in that."""
+    found = []
+    for tail in (0, 100):
+        config = {**CONFIG, "threshold": THRESHOLD, "dense_tail": tail}
+        with engines.engine(llama, config, max_num_batched_tokens=400) as llm:
+            ask(llm, [tokens(30, 8), tokens(1000, 9)], generated=8)
+        rows = witness.take().rows
+        assert sum(row.query_len for row in rows) == 3 * 1000
+        found.append({(row.seq_len, layer % 3): row for layer, row in enumerate(rows)})
+    without, with_tail = found
+    for at, row in with_tail.items():
+        if row.seq_len < 1000:
+            assert row.visited == without[at].visited < row.causal
+        else:
+            assert without[at].visited < row.visited <= row.causal
+
+
 @pytest.fixture(scope="module")
 def whole(llama):
     with pytest.MonkeyPatch.context() as patch:

@@ -227,6 +227,7 @@ class Batch(NamedTuple):
     seq_lens: list[int]
     sparse: tuple[int, ...]
     """Places of the sequences that are sparse."""
+    prompt_lens: list[int]
 
 
 class Witness:
@@ -253,7 +254,7 @@ class Witness:
     def _plan_step(self, query_lens, seq_lens, *args):
         plan = attention.plan_step(query_lens, seq_lens, *args)
         if self._prompts._step is not None:
-            self.batches.append(Batch(query_lens, seq_lens, plan.seqs))
+            self.batches.append(Batch(query_lens, seq_lens, plan.seqs, args[-1]))
         return plan
 
     def _run(self, query, key_cache, value_cache, block_table, plan, params, scale, out, *, value_scale=1.0, **more):
@@ -263,11 +264,13 @@ class Witness:
         )  # fmt: skip
         if self._prompts._step is None:
             return visited
-        query_lens, seq_lens, seqs = self.batches[-1]
+        query_lens, seq_lens, seqs, ends = self.batches[-1]
         starts = torch.tensor([0, *query_lens]).cumsum(0).tolist()
         for row in seqs:
             mine, blocks = slice(starts[row], starts[row + 1]), block_table[row : row + 1]
-            single = attention.plan_step([query_lens[row]], [seq_lens[row]], params, key_cache.shape[2])
+            single = attention.plan_step(
+                [query_lens[row]], [seq_lens[row]], params, key_cache.shape[2], prompt_lens=[ends[row]]
+            )
             alone = torch.empty_like(out[mine])
             # With a workspace and thresholds of its own, whatever the engine gave.
             pairs = attention.run(
