@@ -120,7 +120,7 @@ def test_s2o_stops_where_the_kernels_stop(inputs, implementation, stop_rule, int
             inputs.query, *caches, block_table=torch.arange(pages, dtype=torch.int32)[None],
             query_start_loc=torch.tensor([0, tokens], dtype=torch.int32),
             seq_lens=torch.tensor([tokens], dtype=torch.int32), scale=inputs.scale, return_stats=True,
-            params=S2OParams(
+            params=S2OParams(dense_tail=0,
                 threshold=threshold, segment_len=64, tile_size=TILE, key_block=16, stop_interval=interval,
                 stop_rule=stop_rule,
             ),

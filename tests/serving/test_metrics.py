@@ -31,7 +31,10 @@ from vllm_s2o.step_log import prefills
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(1800)]
 
-CONFIG = {"min_seq_len": 256, "min_query_len": 32, "segment_len": 64, "tile_size": 32, "key_block": 16, "budget": 0.25}
+CONFIG = {
+    "min_seq_len": 256, "min_query_len": 32, "segment_len": 64, "tile_size": 32, "key_block": 16, "budget": 0.25,
+    "dense_tail": 0,
+}  # fmt: skip
 CHUNK = 512
 ARGS = (
     "--attention-backend", "S2O", "--additional-config", json.dumps({"s2o": CONFIG}), "--load-format", "dummy",

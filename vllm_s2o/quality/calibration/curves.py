@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy
 
 from vllm_s2o.params import S2OParams
+from vllm_s2o.plan import causal_pairs
 from vllm_s2o.quality.capture import Layer, Source, visit_layers
 from vllm_s2o.quality.parts import Parts, as_lists
 from vllm_s2o.quality.selection.ranked import S2O
@@ -87,8 +88,25 @@ def measure(
         visit_layers(model, ids, left[name], visit)
 
 
-def layer_curves(parts: Parts, names: Sequence[str], layer: int, rule: str, num_kv_heads: int) -> Curves:
-    """The mean over prompts."""
+def dense_share(num_tokens: int, params: S2OParams) -> float:
+    """Of a prompt's pairs those of its dense end."""
+    first = max(num_tokens - params.dense_tail, 0) // params.tile_size * params.tile_size
+    return (
+        causal_pairs(num_tokens - first, num_tokens) / causal_pairs(num_tokens, num_tokens)
+        if params.dense_tail
+        else 0.0
+    )
+
+
+def layer_curves(
+    parts: Parts, names: Sequence[str], layer: int, rule: str, num_kv_heads: int, dense: float = 0.0
+) -> Curves:
+    """The mean over prompts.
+
+    Args:
+        dense: share of the pairs that is visited at any threshold. What is looked at are tiles that stop; that the end
+            of a prompt errs less is not counted.
+    """
     density, error = [], []
     for name in names:
         figures = {figure: numpy.array(rows) for figure, rows in parts.done[name, layer][rule].items()}
@@ -100,4 +118,4 @@ def layer_curves(parts: Parts, names: Sequence[str], layer: int, rule: str, num_
         group = len(mse) // num_kv_heads
         density.append(figures["density"].reshape(num_kv_heads, group, -1).mean(1))
         error.append(mse.reshape(num_kv_heads, group, -1).sum(1) / max(power.sum(), 1e-30))
-    return Curves(numpy.mean(density, 0), numpy.mean(error, 0))
+    return Curves(1 - (1 - numpy.mean(density, 0)) * (1 - dense), numpy.mean(error, 0))

@@ -24,7 +24,7 @@ from vllm_s2o.version import __version__
 
 from . import file, search
 from .choose import cheapest, with_changes, within_kl
-from .curves import Curves, layer_curves, measure, rule_of
+from .curves import Curves, dense_share, layer_curves, measure, rule_of
 from .search import Budget, CalibrationError, Choice
 from .speed import shortest
 
@@ -101,7 +101,8 @@ def calibrate(
     names = {split: [name for name in prompts if name.startswith(split)] for split in SPLITS}
     curves = {
         (split, rule): [
-            layer_curves(parts, names[split], layer, rule, traits.num_kv_heads) for layer in range(traits.num_layers)
+            layer_curves(parts, names[split], layer, rule, traits.num_kv_heads, dense_share(num_tokens, params[rule]))
+            for layer in range(traits.num_layers)
         ]
         for split in SPLITS
         for rule in rules
