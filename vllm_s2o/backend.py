@@ -104,6 +104,7 @@ DENSE_IMPL: Any = DENSE.get_impl_cls()
 
 # Why a row is dense, as figures have it: the log adds the numbers.
 SHORT, FEW, BEYOND = "below min_seq_len", "below min_query_len", "above max_model_len"
+END = "the end of a prompt"
 
 
 class S2OMetadataBuilder(DENSE_BUILDER):
@@ -120,6 +121,7 @@ class S2OMetadataBuilder(DENSE_BUILDER):
         self.s2o_min_query = max(self.s2o.min_query_len, 1 + compat.longest_decode(vllm_config))
         self.s2o_short = f"sequences shorter than min_seq_len={self.s2o.min_seq_len}"
         self.s2o_few = f"fewer new tokens than min_query_len={self.s2o_min_query}, decode among them"
+        self.s2o_end = f"chunks within a prompt's last dense_tail={self.s2o.params.dense_tail} tokens"
         # A block table ends there: only a dummy batch, while vLLM warms up, should claim more.
         self.s2o_beyond = f"sequences longer than max_model_len={self.s2o_max_len}, as in vLLM's warm-up"
         ours = [layers[name] for name in layer_names if isinstance(layers[name].impl, S2OImpl)]
@@ -226,6 +228,9 @@ class S2OMetadataBuilder(DENSE_BUILDER):
         owners = prompts.rows(common, query_lens)
         # A row that may be of a request that is dense by decision is dense.
         unknown = prompts.kept_dense() if None in owners else None
+        # Of a request that is not known, any chunk may be the prompt's last one.
+        ends = [(prompt.length if prompt else 0) or end for end, prompt in zip(seq_lens, owners, strict=True)]
+        tail = self.s2o.params.dense_tail
         sparse = []
         for row, (query_len, seq_len, prompt) in enumerate(zip(query_lens, seq_lens, owners, strict=True)):
             if seq_len < self.s2o.min_seq_len:
@@ -236,14 +241,14 @@ class S2OMetadataBuilder(DENSE_BUILDER):
                 self._row_dense(prompt, self.s2o_beyond, BEYOND)
             elif kept := (prompt.kept_dense if prompt else unknown):
                 self._row_dense(prompt, kept)
+            elif tail and seq_len - query_len >= ends[row] - tail:
+                self._row_dense(prompt, self.s2o_end, END)
             else:
                 sparse.append(row)
         if not sparse:
             return None
         prompts.note_sparse([owners[row] for row in sparse], [query_lens[row] for row in sparse])
         num_kv_heads = self.kv_cache_spec.num_kv_heads
-        # Of a request that is not known, any chunk may be the prompt's last one.
-        ends = [(prompt.length if prompt else 0) or end for end, prompt in zip(seq_lens, owners, strict=True)]
         plan = attention.plan_step(query_lens, seq_lens, self.s2o.params, num_kv_heads, sparse, self.s2o_slots, ends)
         starts = list(itertools.accumulate(query_lens, initial=0))
         dense = []

@@ -42,13 +42,14 @@ class S2OParams(BaseModel):
     )
     dense_tail: int = Field(
         128, ge=0, le=65536, strict=True,
-        description="Tokens at a prompt's end that attend to all keys, with the tile that they begin in: the answer is "
-        "read from them, and each of them asks for something else.",
+        description="Tokens at a prompt's end that attend to all keys, with the tile that they begin in (the segment, "
+        "where queries have another order): the answer is read from them, and each of them asks for something else.",
     )  # fmt: skip
     num_classes: Power = Field(32, description="Importance classes that the keys are ranked into.")
     budget: float | None = Field(
         None, gt=0, le=1, strict=True, allow_inf_nan=False,
-        description="Fixed share of the history to visit, without a stop rule; for benchmarks and debugging only.",
+        description="Fixed share of the history to visit, without a stop rule, beside dense_tail; for benchmarks and "
+        "debugging only.",
     )  # fmt: skip
 
     @field_validator("tile_size", "key_block", "num_classes", mode="before")

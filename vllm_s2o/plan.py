@@ -200,4 +200,5 @@ def _wave(
     tiles: list[Tile] = []
     for index, segment in enumerate(segments):
         tiles += split_tiles(index, segment, tile_size, by_position, dense_from[segment.seq] if dense_from else None)
+    tiles.sort(key=lambda tile: not tile.dense)  # they take longest, whatever sequences come after theirs
     return Wave(tuple(segments), tuple(tiles), num_slots, max(s.history for s in segments))

@@ -57,6 +57,18 @@ def test_dense_tiles_are_those_at_the_end(rows, by_position, before_end):
             assert tile.dense == (segment.query_pos + rows_in > seq_lens[segment.seq] - before_end)
 
 
+def test_dense_tiles_come_first():
+    """A prompt's end beside the beginning of another one, which comes after it in the batch."""
+    plan = make_plan(
+        [32, 64], [200, 64], segment_len=64, tile_size=16, num_kv_heads=2, max_slots=5000, dense_from=[185, 300]
+    )
+    (wave,) = plan.waves
+    tiles = [(wave.segments[tile.segment].query_pos + tile.first, tile.rows, tile.dense) for tile in wave.tiles]
+    assert tiles == [
+        (192, 8, 1), (176, 16, 1), (0, 16, 0), (16, 16, 0), (32, 16, 0), (48, 16, 0), (168, 8, 0)
+    ]  # fmt: skip
+
+
 def test_rows_not_chosen_have_no_work():
     plan = make_plan([10, 20, 30], [10, 20, 30], segment_len=64, tile_size=16, num_kv_heads=1, max_slots=99, seqs=[1])
     assert [s.query_row for s in plan.waves[0].segments] == [10]

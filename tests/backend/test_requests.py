@@ -111,6 +111,18 @@ def test_the_end_of_a_prompt_is_dense(start, book):
     assert dense_rows(lengths={"chunk": 600, "whole": 151}) == {2: 0, 4: 22}
     assert dense_rows(lengths={"chunk": 510}) == {2: 20, 4: 22}, "ten of twenty tokens are here"
     assert dense_rows(lengths={"chunk": 600}, names=[*NAMES[1:], NAMES[0]]) == {2: 20, 4: 22}
+    assert dense_rows(lengths={"chunk": 450}) == {2: 84, 4: 22}, "computed again after a preemption, answer and all"
+
+
+def test_a_chunk_that_is_all_end_is_dense(start, book, told):
+    """By vLLM's own backend, which is faster for it."""
+    sparse = start({**SHORT, "threshold": 0.2, "dense_tail": 200})
+    metadata, _ = step(sparse, Batch(sparse.layers[0]))
+    assert metadata.s2o is None
+    metadata, _ = step(sparse, Batch(sparse.layers[0]), lengths={"chunk": 501})
+    assert metadata.s2o.plan.plan.seqs == (2,)
+    assert "s2o: dense: chunks within a prompt's last dense_tail=200 tokens" in told
+    assert book.counted[DENSE, "the end of a prompt"] == 150 + 200 + 150
 
 
 @pytest.mark.parametrize(("mark", "reason"), [("off", "switched off"), ("dense", "asked by the request")])

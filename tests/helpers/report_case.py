@@ -4,7 +4,7 @@ TOKENS = 700
 """No whole number of segments, nor of tiles."""
 
 GIVEN = {
-    "min_seq_len": 256, "segment_len": 128, "tile_size": 32, "key_block": 16, "stop_interval": 1, "dense_tail": 0,
+    "min_seq_len": 256, "segment_len": 128, "tile_size": 32, "key_block": 16, "stop_interval": 1, "dense_tail": 20,
     "threshold": 0.02,
     "layers": [{"layers": 1, "threshold": "dense"}, {"layers": 2, "threshold": 0.05}],
 }  # fmt: skip

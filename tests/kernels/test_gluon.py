@@ -99,12 +99,17 @@ def test_stops_where_the_triton_kernel_stops(dtype, head_size, tile, layout, rul
     exact, bar = error_bar(case)
     if rule == "dense":
         assert (out - exact).abs().max() <= bar
+    for mine, seen in zip(wave.wave.tiles, pairs.tolist(), strict=True):
+        if mine.dense:
+            begin = wave.wave.segments[mine.segment].query_pos + mine.first
+            assert seen == [sum(range(begin + 1, begin + mine.rows + 1))] * 8
+    assert any(tile.dense for tile in wave.wave.tiles) == (params.dense_tail > 0)
     assert (out.float() - expected.float()).abs().max() <= bar
 
 
 @gpu
 @needs_hopper
-@pytest.mark.parametrize("rule", ["worst row", "mean row", "short intervals", "odd histories", "budget"])
+@pytest.mark.parametrize("rule", ["worst row", "mean row", "short intervals", "odd histories", "budget", "dense end"])
 @pytest.mark.parametrize("tile", [64, 128])
 def test_it_does_not_matter_who_takes_a_tile(tile, rule):
     """One program takes all tiles, or each takes a few: rings, barriers and queries are used over and over."""

@@ -213,7 +213,8 @@ def _tiles(
 ) -> list[Tile]:
     rankings = [naive.ranking_of(slots, list(segment), kv_head) for segment in wave.segments]
     found = []
-    for tile, visited in zip(wave.tiles, pairs, strict=True):
+    # Waves have their dense tiles first.
+    for tile, visited in sorted(zip(wave.tiles, pairs, strict=True), key=lambda both: both[0].first):
         segment = wave.segments[tile.segment]
         ranks = torch.arange(tile.first, tile.first + tile.rows)
         positions = segment.query_pos + (ranks if order is None else order[tile.segment, ranks].long())

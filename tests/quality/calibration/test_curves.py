@@ -1,10 +1,14 @@
 """The sample stands for the whole prompt."""
 
+from types import SimpleNamespace
+
 import pytest
 from attention_layer import make_inputs
 
+from vllm_s2o.attention import plan_step
 from vllm_s2o.params import S2OParams
-from vllm_s2o.quality.calibration.curves import EVERY, TAUS, rule_of, sample
+from vllm_s2o.plan import causal_pairs
+from vllm_s2o.quality.calibration.curves import EVERY, TAUS, dense_share, layer_curves, rule_of, sample
 from vllm_s2o.quality.selection import S2O
 from vllm_s2o.quality.sweep import sweep
 
@@ -36,6 +40,27 @@ def test_the_rule_is_what_the_parameters_say():
     )
     expected = S2O(256, stop_rule="mean_row", interval=3, num_classes=64, tile=64, key_block=32, values=TAUS)
     assert rule_of(params) == expected
+
+
+@pytest.mark.parametrize("tokens, tail", [(8192, 0), (8192, 128), (8191, 128), (1000, 300), (200, 500)])
+@pytest.mark.parametrize("order", ["position", "guide"])
+def test_the_dense_end_is_that_of_the_plan(tokens, tail, order):
+    params = S2OParams(segment_len=256, dense_tail=tail, query_order=order)
+    waves = plan_step([tokens], [tokens], params, 2).waves
+    ends = [
+        wave.segments[tile.segment].query_pos + tile.first + row + 1
+        for wave in waves for tile in wave.tiles if tile.dense for row in range(tile.rows)
+    ]  # fmt: skip
+    assert dense_share(tokens, params) == pytest.approx(sum(ends) / causal_pairs(tokens, tokens))
+
+
+def test_the_dense_end_is_in_every_density():
+    figures = {"density": [[0.2, 0.4], [0.4, 0.6]], "mse": [[0.0, 1.0]] * 2, "rel_error": [[0.0, 0.5]] * 2}
+    parts = SimpleNamespace(done={("a text", 3): {"rule": figures}})
+    plain, dense = (layer_curves(parts, ["a text"], 3, "rule", 1, share) for share in (0.0, 0.25))
+    assert plain.density.tolist() == [pytest.approx([0.3, 0.5])]
+    assert dense.density.tolist() == [pytest.approx([0.475, 0.625])]
+    assert dense.error.tolist() == plain.error.tolist()
 
 
 def test_samples_give_the_figures_of_the_whole_prompt():

@@ -90,7 +90,8 @@ def measure(
 
 def dense_share(num_tokens: int, params: S2OParams) -> float:
     """Of a prompt's pairs those of its dense end."""
-    first = max(num_tokens - params.dense_tail, 0) // params.tile_size * params.tile_size
+    whole = params.tile_size if params.query_order == "position" else params.segment_len
+    first = max(num_tokens - params.dense_tail, 0) // whole * whole
     return (
         causal_pairs(num_tokens - first, num_tokens) / causal_pairs(num_tokens, num_tokens)
         if params.dense_tail
