@@ -90,13 +90,11 @@ def measure(
 
 def dense_share(num_tokens: int, params: S2OParams) -> float:
     """Of a prompt's pairs those of its dense end."""
+    if not params.dense_tail:
+        return 0.0
     whole = params.tile_size if params.query_order == "position" else params.segment_len
     first = max(num_tokens - params.dense_tail, 0) // whole * whole
-    return (
-        causal_pairs(num_tokens - first, num_tokens) / causal_pairs(num_tokens, num_tokens)
-        if params.dense_tail
-        else 0.0
-    )
+    return causal_pairs(num_tokens - first, num_tokens) / causal_pairs(num_tokens, num_tokens)
 
 
 def layer_curves(
