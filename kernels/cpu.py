@@ -62,14 +62,15 @@ def attend(
         mine = [i for i, tile in enumerate(tile_rows) if tile[0] == index]
         firsts = [tile_rows[i][1] for i in mine]
         counts = [tile_rows[i][2] for i in mine]
-        dense = torch.tensor([tile_rows[i][3] > 0 for i in mine])
+        shares = torch.tensor([tile_rows[i][3] for i in mine])
+        dense = shares == 0
         for kv_head in range(num_kv_heads):
             heads = slice(kv_head * group, (kv_head + 1) * group)
             ranks = torch.arange(segment[NUM_QUERIES]).expand(group, -1)
             if order is not None:
                 ranks = order[index, heads, : segment[NUM_QUERIES]].long()
             # Nothing gains less than 0: a dense tile never stops.
-            rules = torch.where(dense, 0.0, thresholds[heads, None]).flatten()
+            rules = (thresholds[heads, None] * (shares / naive.WHOLE)).flatten()
             stacked = _Segment(query, segment, heads, ranks, firsts, counts, rules, scale, stop_rule)
             _inside(stacked, key_cache, value_cache, block_table, segment, kv_head)
             ranking, limit = naive.ranking_of(slots, segment, kv_head), segment[VISIT_LIMIT]

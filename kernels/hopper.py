@@ -40,6 +40,7 @@ from .prefill import CALM, LOG2E, attend_marked
 
 _SHARE = gl.constexpr(naive.STEP_SHARE)
 _CALM = gl.constexpr(CALM.value)
+_WHOLE = gl.constexpr(naive.WHOLE)
 
 
 @gluon.jit
@@ -178,8 +179,7 @@ def _visit(
         limit = tasks.index(task + 4).load(one).item()
         work = tasks.index(task + 7).load(one).item()
         head = work % num_heads
-        dense = tasks.index(task + 8).load(one).item() > 0
-        threshold = gl.where(dense, 0.0, gl.load(Thresholds + head))
+        threshold = gl.load(Thresholds + head) * (tasks.index(task + 8).load(one).item() / _WHOLE)
         num_inside = gl.cdiv(query_pos + rows - history, BLOCK)
         q = queries.index(slot * HALVES + half)
         inside = query_pos - history + row  # place in the segment

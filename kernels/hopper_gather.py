@@ -15,7 +15,7 @@ ROWS = gl.constexpr(64)
 
 FIELDS = gl.constexpr(9)
 """Numbers that tell what a tile is: first query row, its position, rows (-1: no tile is left), history, limit, where
-its ranking begins, sequence, its index among tiles times heads, and whether it is dense."""
+its ranking begins, sequence, its index among tiles times heads, and the share of the thresholds."""
 
 
 @gluon.jit
@@ -39,8 +39,8 @@ def _announce(
         query_row = gl.load(Segments + segment * 7 + 1) + first
         query_pos = gl.load(Segments + segment * 7 + 2) + first
         history = gl.load(Segments + segment * 7 + 4)
-        dense = gl.load(Tiles + tile * 4 + 3)
-        limit = gl.where(dense > 0, history, gl.load(Segments + segment * 7 + 5))
+        share = gl.load(Tiles + tile * 4 + 3)
+        limit = gl.where(share == 0, history, gl.load(Segments + segment * 7 + 5))
         ranking = gl.load(Segments + segment * 7 + 6) + head // GROUP * history
         tasks.index(task).store(gl.full([1], query_row, gl.int32, one))
         tasks.index(task + 1).store(gl.full([1], query_pos, gl.int32, one))
@@ -50,7 +50,7 @@ def _announce(
         tasks.index(task + 5).store(gl.full([1], ranking, gl.int32, one))
         tasks.index(task + 6).store(gl.full([1], sequence, gl.int32, one))
         tasks.index(task + 7).store(gl.full([1], work, gl.int32, one))
-        tasks.index(task + 8).store(gl.full([1], dense, gl.int32, one))
+        tasks.index(task + 8).store(gl.full([1], share, gl.int32, one))
         row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         d = gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
         at = Query + query_row.to(gl.int64) * stride_q_token + head.to(gl.int64) * stride_q_head

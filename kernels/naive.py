@@ -26,6 +26,9 @@ import torch
 
 SEQ, QUERY_ROW, QUERY_POS, NUM_QUERIES, HISTORY, VISIT_LIMIT, OFFSET = range(7)
 
+# A tile has so many of this many parts of the thresholds: all where they hold as given, none where it never stops.
+WHOLE = 1 << 16
+
 # A query order needs one guide vector per segment and KV head: the mean of its best keys.
 NUM_GUIDE_KEYS = 256
 
@@ -213,7 +216,8 @@ def attend(
 
     After each step of `step_blocks` key blocks the marginal gain of a row is taken: the mass that these blocks
     added, relative to the accumulated mass, per block. The tile stops once no row ("worst_row"), or
-    not the mean over its rows ("mean_row"), gains `threshold` any more. Dense tiles visit all.
+    not the mean over its rows ("mean_row"), gains the tile's share of `threshold` any more. Tiles whose share is 0
+    visit all.
 
     Writes `out`, shaped like query; returns the pairs visited, [num_tiles, num_heads] int64.
 
@@ -224,7 +228,7 @@ def attend(
     num_heads, head_size = query.shape[1:]
     block_size, num_kv_heads = key_cache.shape[1:3]
     visited = torch.zeros(len(tiles), num_heads, dtype=torch.int64, device=query.device)
-    for index, (seg, first, rows, dense) in enumerate(tiles.tolist()):
+    for index, (seg, first, rows, share) in enumerate(tiles.tolist()):
         segment = segments[seg].tolist()
         for head in range(num_heads):
             kv_head = head * num_kv_heads // num_heads
@@ -243,7 +247,7 @@ def attend(
             pairs = int((positions - segment[HISTORY] + 1).sum())
 
             # Pass 2: the history, most important keys first.
-            ranking = ranking_of(slots, segment, kv_head)[: segment[HISTORY if dense else VISIT_LIMIT]]
+            ranking = ranking_of(slots, segment, kv_head)[: segment[VISIT_LIMIT if share else HISTORY]]
             seen = 0
             while seen < len(ranking):
                 m, mass = softmax.m, softmax.l
@@ -255,7 +259,7 @@ def attend(
                 gain = 1 - mass * torch.exp(m - softmax.m) / softmax.l
                 gain = gain.nan_to_num(0).clamp(min=0) / -(-len(now) // key_block)
                 judged = gain.max() if stop_rule == "worst_row" else gain.mean()
-                if judged < thresholds[head] and not dense:
+                if judged < thresholds[head] * (share / WHOLE):
                     break
             out[segment[QUERY_ROW] + chosen, head] = (softmax.output() * value_scale).to(out.dtype)
             visited[index, head] = pairs + seen * rows

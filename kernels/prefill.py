@@ -26,6 +26,7 @@ from .common import block_dim, dot_precision, split_slot
 LOG2E = 1.4426950408889634
 
 _SHARE = tl.constexpr(naive.STEP_SHARE)
+_WHOLE = tl.constexpr(naive.WHOLE)
 
 CALM = tl.constexpr(2.0**22)
 """Largest maximum of scaled logits that a fast tile may end with. A fused multiplication and subtraction leaves half a
@@ -159,10 +160,10 @@ def _tile(
         acc, m, l = _softmax_step(acc, m, l, logits, v, scale, PRECISION, CAREFUL)
 
     # Pass 2: the history, most important keys first, until the tile gains nothing more.
-    dense = tl.load(Tiles + tile * 4 + 3) > 0
-    limit = tl.where(dense, history, tl.load(Segments + segment * 7 + 5))
+    share = tl.load(Tiles + tile * 4 + 3)
+    limit = tl.where(share == 0, history, tl.load(Segments + segment * 7 + 5))
     ranking = Slots + tl.load(Segments + segment * 7 + 6) + kv_head * history
-    threshold = tl.where(dense, 0.0, tl.load(Thresholds + head))
+    threshold = tl.load(Thresholds + head) * (share / _WHOLE)
     seen = 0
     going = limit > 0
     while going:

@@ -384,3 +384,17 @@ def test_no_flag_is_no_flag(registered):
     assert not compat.uses_s2o(config(None))
     assert not compat.uses_s2o(config(None, backend_per_kind=None))
     assert not compat.uses_s2o(config(dense, backend_per_kind={"full_attention": dense}))
+
+
+def test_layers_whose_sequences_are_cut_up_are_dense():
+    """vLLM derives a builder from ours for chunked local attention."""
+
+    class Ours:
+        pass
+
+    class ChunkedLocalAttentionBuilder(Ours):
+        pass
+
+    assert compat.builder_problem(Ours, Ours) is None
+    reason = compat.builder_problem(ChunkedLocalAttentionBuilder, Ours)
+    assert reason == "sequences are cut up before attention (ChunkedLocalAttentionBuilder)"

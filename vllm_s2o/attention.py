@@ -115,6 +115,7 @@ def plan_step(
         budget=params.budget,
         seqs=seqs,
         dense_from=[end - params.dense_tail for end in ends] if params.dense_tail else None,
+        reference_len=params.reference_len,
     )
 
 
@@ -280,13 +281,20 @@ def warm_up(
     blocks = -(-length // block_size)
     query = torch.zeros(length, num_heads, head_size, dtype=query_dtype or dtype, device=device)
     out = torch.empty(query.shape, dtype=dtype, device=device)
-    cache = torch.zeros(blocks, *cache_shape, dtype=cache_dtype or dtype, device=device)
     block_table = torch.arange(blocks, dtype=torch.int32, device=device)[None]
+    # As vLLM's caches lie from 0.26 on. Before, heads lie a head's size apart: where that is no multiple of 16, Triton
+    # compiles again.
+    joined = torch.zeros(blocks, num_kv_heads, block_size, 2 * head_size, dtype=cache_dtype or dtype, device=device)
+    layouts = [joined.transpose(1, 2).split(head_size, dim=-1)]
+    if head_size % 16:
+        apart = torch.zeros(blocks, 2, *cache_shape, dtype=cache_dtype or dtype, device=device)
+        layouts.append(apart.unbind(1))
 
     def compile_all() -> None:
         for query_len in (params.segment_len, length):  # scores of one segment and of several are separate kernels
             plan = to_device(plan_step([query_len], [length], params, num_kv_heads), device)
-            run(query[:query_len], cache, cache, block_table, plan, params, 1.0, out[:query_len])
+            for keys, values in layouts:
+                run(query[:query_len], keys, values, block_table, plan, params, 1.0, out[:query_len])
 
     kernels = stages("auto", device)
     try:
@@ -341,7 +349,8 @@ def prefill_attention(
         scale: factor on the logits, as a rule head_size ** -0.5.
         params: threshold, segment length and the rest; `threshold=0` computes dense attention.
         prompt_lens: tokens of each sequence's prompt, from whose end `params.dense_tail` counts: more than its length
-            in all chunks of a prompt but the last. By default the length.
+            in all chunks of a prompt but the last, and less where what comes behind a prompt is computed again, which
+            is all dense. By default the length.
         key_scale, value_scale: what the numbers of fp8 caches are multiplied by to be keys and values.
         out: written in place where given, shaped and typed like query, its last dimension dense.
         return_stats: also return the visited and the causal pairs.
@@ -371,6 +380,10 @@ def prefill_attention(
     _require(
         prompt_lens is None or len(prompt_lens) == len(lens),
         f"prompt_lens must have one entry for each of the {len(lens)} sequences, got {len(prompt_lens or ())}",
+    )
+    _require(
+        prompt_lens is None or all(isinstance(length, int) and length >= 0 for length in prompt_lens),
+        f"prompt_lens must be whole numbers from 0 on, got {prompt_lens}",
     )
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -426,6 +439,10 @@ def _check(
     )
     for name, factor in (("key_scale", key_scale), ("value_scale", value_scale)):
         _require(factor > 0, f"{name} must be above 0, got {factor}")
+        _require(
+            factor == 1 or key_cache.dtype == torch.float8_e4m3fn,
+            f"{name} is for fp8 caches, got {factor} beside {key_cache.dtype}",
+        )
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         reach = max((cache.shape[1] - 1) * cache.stride(1), (head_size - 1) * cache.stride(3))
         _require(reach < 2**31, f"{name}'s strides reach {reach} elements within a block, supported are 2^31 - 1")

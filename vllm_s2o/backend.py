@@ -127,7 +127,7 @@ class S2OMetadataBuilder(DENSE_BUILDER):
         ours = [layers[name] for name in layer_names if isinstance(layers[name].impl, S2OImpl)]
         # A draft's layers may be in the target's group. They run in steps of the drafter too, and are not counted.
         self.s2o_layers = [layer for layer in ours if not compat.is_draft_layer(layer.impl, layer)]
-        problem = compat.engine_problem(vllm_config)
+        problem = compat.engine_problem(vllm_config) or compat.builder_problem(type(self), S2OMetadataBuilder)
         if device.type == "cuda" and self.s2o_layers and problem is None:
             shape = (kv_cache_spec.block_size, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
             for num_heads in sorted({layer.impl.num_heads for layer in self.s2o_layers}):

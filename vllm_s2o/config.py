@@ -102,6 +102,8 @@ class ResolvedConfig:
         changed = sum(layer != params for layer in sparse)
         values = "calibrated" if self.calibrated else "not calibrated"
         stop = f"threshold={threshold_range(sparse or [params])}"
+        if params.reference_len is not None:
+            stop += f" up to {params.reference_len} keys"
         own = f", {changed} of {len(layers)} layers have thresholds of their own"
         if params.budget is not None:  # thresholds count for nothing then
             stop, own = f"budget={params.budget:g} (WARNING: no stop rule, for benchmarks only)", ""
@@ -133,7 +135,7 @@ class ResolvedConfig:
     def digest(self) -> str:
         """Short hash of everything that changes results, and of nothing else."""
         layers = [self.params, *(self.layer(i) for i in range(self.traits.num_layers))]
-        unused = None if self.params.budget is None else {"threshold"}
+        unused = None if self.params.budget is None else {"threshold", "reference_len"}
         dumped = [layer and layer.model_dump(exclude=unused) for layer in layers]
         effective = [self.min_seq_len, self.min_query_len, *dumped]
         return hashlib.sha256(json.dumps(effective, sort_keys=True).encode()).hexdigest()[:12]

@@ -23,6 +23,12 @@ class S2OParams(BaseModel):
         description="tau, from 0 up to but not including 1: a tile stops once a key block adds less than this share "
         "to its softmax mass. 0 never stops and equals dense attention. One value, or one per query head.",
     )
+    reference_len: int | None = Field(
+        None, ge=1, le=2**24, strict=True,
+        description="Keys before a segment for which the threshold holds; after more of them it falls in proportion, "
+        "so that what all the blocks left out may hold together does not grow with a prompt's length. null: one "
+        "threshold for all lengths.",
+    )  # fmt: skip
     segment_len: int = Field(
         512, ge=1, le=65536, strict=True,
         description="Queries that share a ranking of the keys before them; a multiple of tile_size.",

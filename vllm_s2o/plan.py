@@ -19,6 +19,9 @@ from typing import NamedTuple
 MAX_TILES = 65535
 """Of one wave: as many rows as a CUDA grid has."""
 
+WHOLE = 1 << 16
+"""What thresholds are divided into."""
+
 
 class Segment(NamedTuple):
     """Queries that share a ranking. One row of the table that the kernels read."""
@@ -46,8 +49,9 @@ class Tile(NamedTuple):
     """Index into the wave's segments."""
     first: int
     rows: int
-    dense: int
-    """1 where the tile visits all of its history, whatever it gains and whatever the segment's `visit_limit`."""
+    share: int
+    """Of the thresholds, in units of 1 / `WHOLE`: that much where they hold as given, less after a long history, and 0
+    where the tile visits all of it, whatever it gains and whatever the segment's `visit_limit`."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,17 @@ class StepPlan:
     """Per row of the batch: (query, key) pairs that causality allows; 0 where the row is not attended here."""
 
 
+def threshold_share(history: int, reference_len: int | None) -> int:
+    """What holds of the thresholds after so many keys, in units of 1 / `WHOLE`; never 0, which would be dense.
+
+    A tile that stops leaves out blocks that would have added less than the threshold each. Twice the history has twice
+    as many of them: where each may add half as much, all together may add the same.
+    """
+    if reference_len is None or history <= reference_len:
+        return WHOLE
+    return max(WHOLE * reference_len // history, 1)
+
+
 def causal_pairs(query_len: int, seq_len: int) -> int:
     """Pairs under the causal mask when the last `query_len` tokens of `seq_len` are queries."""
     return query_len * (seq_len - query_len) + query_len * (query_len + 1) // 2
@@ -90,7 +105,12 @@ def split_segments(seq: int, query_row: int, query_len: int, seq_len: int, segme
 
 
 def split_tiles(
-    index: int, segment: Segment, tile_size: int, by_position: bool, dense_from: int | None = None
+    index: int,
+    segment: Segment,
+    tile_size: int,
+    by_position: bool,
+    dense_from: int | None = None,
+    reference_len: int | None = None,
 ) -> Iterator[Tile]:
     """Tiles of one segment. In position order their borders are absolute too, so that a prompt cut
     in the middle of a segment leaves every other tile as it was.
@@ -98,15 +118,17 @@ def split_tiles(
     Args:
         dense_from: tiles that hold this position of the sequence or a later one are dense. In another order, which is
             not known here, any tile of the segment may hold it.
+        reference_len: keys before a segment for which the thresholds hold; by default any number.
     """
     end = segment.query_pos + segment.num_queries
     dense_from = end if dense_from is None else dense_from
+    share = threshold_share(segment.history, reference_len)
     lead = (segment.query_pos - segment.history) % tile_size if by_position else 0
     first = 0
     while first < segment.num_queries:
         rows = min(tile_size - lead, segment.num_queries - first)
         last = segment.query_pos + first + rows if by_position else end
-        yield Tile(index, first, rows, int(last > dense_from))
+        yield Tile(index, first, rows, 0 if last > dense_from else share)
         first += rows
         lead = 0
 
@@ -148,6 +170,7 @@ def make_plan(
     budget: float | None = None,
     seqs: Sequence[int] | None = None,
     dense_from: Sequence[int] | None = None,
+    reference_len: int | None = None,
 ) -> StepPlan:
     """Cut the given rows of a batch into waves of segments and tiles.
 
@@ -159,6 +182,7 @@ def make_plan(
         budget: share of the history that may be visited; None for all of it.
         seqs: the rows to attend here; all by default.
         dense_from: per row of the batch, the position from which on queries attend to everything; none by default.
+        reference_len: keys before a segment for which the thresholds hold; by default any number.
     """
     chosen = tuple(range(len(query_lens)) if seqs is None else seqs)
     attended = frozenset(chosen)  # looked up once per row
@@ -181,13 +205,13 @@ def make_plan(
         most_tiles = segment.num_queries // tile_size + 2
         full = used + need > max_slots or (len(batch) + 1) * longest > 2 * max_slots or tiles + most_tiles > MAX_TILES
         if batch and full:
-            waves.append(_wave(batch, used, tile_size, by_position, dense_from))
+            waves.append(_wave(batch, used, tile_size, by_position, dense_from, reference_len))
             batch, used, longest, tiles = [], 0, need, 0
         tiles += most_tiles
         batch.append(segment._replace(offset=used))
         used += need
     if batch:
-        waves.append(_wave(batch, used, tile_size, by_position, dense_from))
+        waves.append(_wave(batch, used, tile_size, by_position, dense_from, reference_len))
     pairs = tuple(
         causal_pairs(q, s) if i in attended else 0 for i, (q, s) in enumerate(zip(query_lens, seq_lens, strict=True))
     )
@@ -195,10 +219,16 @@ def make_plan(
 
 
 def _wave(
-    segments: list[Segment], num_slots: int, tile_size: int, by_position: bool, dense_from: Sequence[int] | None
+    segments: list[Segment],
+    num_slots: int,
+    tile_size: int,
+    by_position: bool,
+    dense_from: Sequence[int] | None,
+    reference_len: int | None,
 ) -> Wave:
     tiles: list[Tile] = []
     for index, segment in enumerate(segments):
-        tiles += split_tiles(index, segment, tile_size, by_position, dense_from[segment.seq] if dense_from else None)
-    tiles.sort(key=lambda tile: not tile.dense)  # they take longest, whatever sequences come after theirs
+        first_dense = dense_from[segment.seq] if dense_from else None
+        tiles += split_tiles(index, segment, tile_size, by_position, first_dense, reference_len)
+    tiles.sort(key=lambda tile: tile.share > 0)  # dense ones: they take longest, whatever sequences come after theirs
     return Wave(tuple(segments), tuple(tiles), num_slots, max(s.history for s in segments))

@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_s2o.plan import causal_pairs, dense_runs, make_plan, most_segments, workspace_slots
+from vllm_s2o.kernels import naive
+from vllm_s2o.plan import WHOLE, causal_pairs, dense_runs, make_plan, most_segments, threshold_share, workspace_slots
 
 rows = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 500)), min_size=1, max_size=5)
 
@@ -54,7 +55,7 @@ def test_dense_tiles_are_those_at_the_end(rows, by_position, before_end):
         for tile in wave.tiles:
             segment = wave.segments[tile.segment]
             rows_in = tile.first + tile.rows if by_position else segment.num_queries
-            assert tile.dense == (segment.query_pos + rows_in > seq_lens[segment.seq] - before_end)
+            assert (tile.share == 0) == (segment.query_pos + rows_in > seq_lens[segment.seq] - before_end)
 
 
 def test_dense_tiles_come_first():
@@ -63,10 +64,48 @@ def test_dense_tiles_come_first():
         [32, 64], [200, 64], segment_len=64, tile_size=16, num_kv_heads=2, max_slots=5000, dense_from=[185, 300]
     )
     (wave,) = plan.waves
-    tiles = [(wave.segments[tile.segment].query_pos + tile.first, tile.rows, tile.dense) for tile in wave.tiles]
+    tiles = [(wave.segments[tile.segment].query_pos + tile.first, tile.rows, tile.share == 0) for tile in wave.tiles]
     assert tiles == [
-        (192, 8, 1), (176, 16, 1), (0, 16, 0), (16, 16, 0), (32, 16, 0), (48, 16, 0), (168, 8, 0)
+        (192, 8, True), (176, 16, True),
+        *((first, 16, False) for first in range(0, 64, 16)), (168, 8, False),
     ]  # fmt: skip
+
+
+@given(history=st.integers(0, 2**24), reference_len=st.integers(1, 2**24))
+def test_the_share_of_the_thresholds(history, reference_len):
+    """All of them up to a length; from there on what all of a history's blocks may lose together stays the same."""
+    share = threshold_share(history, reference_len)
+    assert threshold_share(history, None) == WHOLE
+    if history <= reference_len:
+        assert share == WHOLE
+    else:
+        assert 1 <= share <= WHOLE
+        assert share == 1 or share * history <= WHOLE * reference_len
+        assert (share + 1) * history > WHOLE * reference_len
+
+
+def test_kernels_divide_thresholds_as_the_plan_does():
+    assert naive.WHOLE == WHOLE
+
+
+def test_shares_do_not_depend_on_the_cut():
+    """A tile's share is that of its segment's place, in whichever chunk it is computed."""
+
+    def shares(cuts: list[tuple[int, int]]) -> dict[int, int]:
+        found = {}
+        for query_len, seq_len in cuts:
+            plan = make_plan(
+                [query_len], [seq_len], segment_len=64, tile_size=16, num_kv_heads=1, max_slots=10**6, reference_len=100
+            )
+            for wave in plan.waves:
+                for tile in wave.tiles:
+                    segment = wave.segments[tile.segment]
+                    found |= {segment.query_pos + tile.first + row: tile.share for row in range(tile.rows)}
+        return found
+
+    whole = shares([(500, 500)])
+    assert whole == shares([(130, 130), (37, 167), (333, 500)])
+    assert [whole[at] for at in (0, 127, 128, 191, 192, 499)] == [WHOLE, WHOLE, 51200, 51200, 34133, 14628]
 
 
 def test_rows_not_chosen_have_no_work():

@@ -9,7 +9,7 @@ from triton.runtime.errors import OutOfResources
 
 from vllm_s2o import S2OParams, attention, prefill_attention
 from vllm_s2o.kernels import naive
-from vllm_s2o.plan import most_segments, workspace_slots
+from vllm_s2o.plan import WHOLE, most_segments, threshold_share, workspace_slots
 
 IMPLEMENTATIONS = ["triton", "cuda"] if DEVICE.type == "cuda" else ["cpu", "triton"]
 DENSE = S2OParams(dense_tail=0, threshold=0, segment_len=64, tile_size=32, key_block=16)
@@ -114,6 +114,28 @@ def test_the_end_of_a_prompt_attends_to_everything(implementation, rule):
     assert torch.equal(out[~tail], some[~tail])
     assert (stats.visited_pairs > few.visited_pairs).any(1).tolist() == [True, False, True]
     assert torch.equal(stats.visited_pairs[2], stats.causal_pairs[2])
+
+
+@pytest.mark.parametrize("implementation", ["naive", *IMPLEMENTATIONS])
+def test_thresholds_fall_with_the_history(implementation):
+    """Each segment is what a threshold of its own would make of it."""
+    case = make_case([400], [400])
+    params = SPARSE.model_copy(update={"threshold": (0.2, 0.5, 0.0, 0.8)})
+    fixed = prefill_attention(**case.arguments, params=params, implementation=implementation)
+    falling = params.model_copy(update={"reference_len": 100})
+    out = prefill_attention(**case.arguments, params=falling, implementation=implementation)
+    assert torch.equal(out[:128], fixed[:128]) and not torch.equal(out[192:], fixed[192:])
+    for history in range(0, 400, 64):
+        share = threshold_share(history, 100) / WHOLE
+        assert share == (1 if history < 100 else pytest.approx(100 / history, rel=1e-4))
+        rows = slice(history, min(history + 64, 400))
+        starts, length = torch.tensor([0, rows.stop - history]), torch.tensor([rows.stop])
+        same = prefill_attention(
+            **case.arguments | {"query": case.query[rows], "query_start_loc": starts.int().to(DEVICE),
+            "seq_lens": length.int().to(DEVICE)}, implementation=implementation,
+            params=params.model_copy(update={"threshold": tuple(value * share for value in params.threshold)}),
+        )  # fmt: skip
+        assert torch.equal(out[rows], same)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -321,6 +343,8 @@ def bad(change, message):
         bad(lambda c: {"params": {"threshold": 0.1}}, "params must be an S2OParams, got dict"),
         bad(lambda c: {"params": S2OParams(threshold=(0.1, 0.2))}, "threshold lists 2 heads, the query has 4"),
         bad(lambda c: {"prompt_lens": [9]}, "prompt_lens must have one entry for each of the 2 sequences, got 1"),
+        bad(lambda c: {"prompt_lens": [9, -1]}, "prompt_lens must be whole numbers from 0 on, got [9, -1]"),
+        bad(lambda c: {"prompt_lens": [9, None]}, "prompt_lens must be whole numbers from 0 on, got [9, None]"),
         bad(lambda c: {"seq_lens": c.seq_lens.long()}, "seq_lens must be int32"),
         bad(lambda c: {"block_table": c.block_table[:1]}, "block_table must be int32 [2, max_blocks]"),
         bad(lambda c: {"query_start_loc": c.query_start_loc + 1}, "must ascend from 0"),

@@ -77,6 +77,8 @@ def test_bad_factors_and_types():
     case = make_case([8], [8], dtype=DTYPE)
     with pytest.raises(ValueError, match=r"value_scale must be above 0, got 0$"):
         prefill_attention(**case.arguments, params=SPARSE, value_scale=0)
+    with pytest.raises(ValueError, match=r"value_scale is for fp8 caches, got 0.5 beside torch"):
+        prefill_attention(**case.arguments, params=SPARSE, value_scale=0.5)
     with pytest.raises(ValueError, match="or both caches be float8_e4m3fn, got"):
         mixed = replace(case, key_cache=case.key_cache.to(torch.float8_e4m3fn))
         prefill_attention(**mixed.arguments, params=SPARSE)

@@ -104,7 +104,7 @@ def test_the_end_of_a_prompt_is_dense(start, book):
         metadata, _ = step(sparse, batch, **more)
         (wave,) = metadata.s2o.plan.plan.waves
         tiles = [(wave.segments[tile.segment].seq, tile) for tile in wave.tiles]
-        return {row: sum(tile.rows for seq, tile in tiles if seq == row and tile.dense) for row in LONG}
+        return {row: sum(tile.rows for seq, tile in tiles if seq == row and tile.share == 0) for row in LONG}
 
     # Positions 480 to 499 of 500, and 130 to 149 of 150: from the tiles at 480 and at 128 on.
     assert dense_rows() == {2: 20, 4: 22}
@@ -123,6 +123,36 @@ def test_a_chunk_that_is_all_end_is_dense(start, book, told):
     assert metadata.s2o.plan.plan.seqs == (2,)
     assert "s2o: dense: chunks within a prompt's last dense_tail=200 tokens" in told
     assert book.counted[DENSE, "the end of a prompt"] == 150 + 200 + 150
+
+
+def test_the_density_of_a_prompt_is_that_of_all_its_chunks(start, book):
+    """Of the layers that may be sparse: chunks that are too short, too few or the end count with all their pairs."""
+    config = {**SHORT, "threshold": 0.2, "dense_tail": 50, "layers": [{"layers": 1, "threshold": "dense"}]}
+    sparse = start(config, layers=({}, {}, {}))
+
+    def run(tokens, end, **how):
+        batch = Batch(sparse.layers[0], query_lens=[tokens], seq_lens=[end])
+        output = scheduled({"a": tokens}, **how)
+        backend.prompts.begin(output, runner_v1("a"))
+        metadata = sparse.builder.build(0, batch.common)
+        for layer in sparse.layers:
+            batch.attend(layer, metadata)
+        backend.prompts.end()
+
+    run(100, 100, new=[new("a", 450)])
+    run(200, 300, computed={"a": 100})
+    run(20, 320, computed={"a": 300})
+    run(80, 400, computed={"a": 320})
+    run(50, 450, computed={"a": 400})
+    reasons = {"below min_seq_len": 100, "below min_query_len": 20, "the end of a prompt": 50}
+    assert book.counted == {(SPARSE, ""): 280} | {(DENSE, reason): count for reason, count in reasons.items()}
+    (prompt,) = book.done
+    visited, causal = book.pairs_seen
+    assert causal == (sum(range(101, 301)) + sum(range(321, 401))) * 4 * 2
+    assert prompt.causal == sum(range(1, 451)) * 4 * 2
+    assert 0 < visited < causal
+    assert prompt.visited == visited + prompt.causal - causal
+    assert visited / causal < prompt.density < 1
 
 
 @pytest.mark.parametrize(("mark", "reason"), [("off", "switched off"), ("dense", "asked by the request")])
@@ -216,7 +246,7 @@ def test_another_group_of_layers_counts_no_token_twice(start, book, other_group)
     backend.prompts.end()
     assert book.counted[SPARSE, ""] == 350
     assert {prompt.request_id: prompt.causal for prompt in book.done}["whole"] == 150 * 151 // 2 * 4 * 3
-    assert all(prompt.pending == 0 for prompt in book.done)
+    assert all(prompt.pending == 0 and prompt.density == 1 for prompt in book.done)
 
 
 def test_each_layer_is_timed_in_turn(start, book, monkeypatch):

@@ -60,7 +60,7 @@ def test_smollm2_values():
 @pytest.mark.parametrize("traits", [LLAMA, QWEN, OTHER], ids=lambda t: t.name)
 def test_other_shipped_files_hold_the_defaults(traits):
     config = load_config(traits)
-    assert (config.params, config.min_seq_len, config.min_query_len) == (S2OParams(), 8192, 256)
+    assert (config.params, config.min_seq_len, config.min_query_len) == (S2OParams(reference_len=8192), 8192, 256)
     assert not config.calibrated
 
 
@@ -175,7 +175,9 @@ def test_provenance_text(write):
 @pytest.mark.parametrize("given", [{"threshold": 0.01}, {"params": {"threshold": 0.01}}], ids=["top level", "params"])
 def test_fields_override_one_by_one(given):
     config = load_config(SMOLLM2, {**given, "min_seq_len": 99})
-    assert config.params == S2OParams(threshold=0.01, segment_len=256, stop_interval=1, dense_tail=64)
+    assert config.params == S2OParams(
+        threshold=0.01, segment_len=256, stop_interval=1, dense_tail=64, reference_len=8192
+    )
     assert (config.min_seq_len, config.min_query_len, config.matched) == (99, 128, "name")
     assert load_config(SMOLLM2).layer(9).threshold != 0.01, "the file has one for this layer"
     assert {config.layer(i).threshold for i in range(30)} == {0.01}

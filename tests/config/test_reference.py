@@ -82,5 +82,5 @@ def test_another_name_is_refused(given):
         field(given)
     sentence = str(caught.value)
     assert sentence.startswith("there is no field '") and sentence.endswith(".")
-    assert "min_seq_len, " in sentence and "threshold, segment_len" in sentence
+    assert "min_seq_len, " in sentence and "threshold, reference_len" in sentence
     assert len(sentence) < 600

@@ -50,7 +50,7 @@ BAD_FIELDS = {
     "query_order": ({"params": {"query_order": "x"}}, "'params.query_order'", '"x"', "position or guide"),
     "budget 0": ({"params": {"budget": 0}}, "'params.budget'", "0;", "above 0 and up to 1"),
     "budget a text": ({"params": {"budget": "0.1"}}, "'params.budget'", "write 0.1", "above 0 and up to 1"),
-    "unknown parameter": ({"params": {"treshold": 0.1}}, "'params.treshold'", "allowed are threshold, segment_len"),
+    "unknown parameter": ({"params": {"treshold": 0.1}}, "'params.treshold'", "allowed are threshold, reference_len"),
     "params no object": ({"params": 3}, "'params'", "3;", "allowed is an object with any of: threshold"),
     "min_seq_len 0": ({"min_seq_len": 0}, "'min_seq_len'", "0;", LENGTH),
     "min_query_len a text": ({"min_query_len": "many"}, "'min_query_len'", '"many"', LENGTH),

@@ -72,6 +72,7 @@ def problems(draw, dtypes=(torch.float32,), most: int = 320, small: bool = False
         query_order=draw(st.sampled_from(["position", "position", "guide"])),
         num_classes=draw(st.sampled_from([16, 32, 32, 64, 128])),
         dense_tail=draw(st.sampled_from([0, 0, 0, 1, tile, 100])),
+        reference_len=draw(st.sampled_from([None, None, 1, 50, 150])),
     )  # fmt: skip
     if draw(st.integers(0, 5)) == 0:
         params["budget"] = draw(st.floats(0.01, 1.0))

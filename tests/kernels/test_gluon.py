@@ -28,6 +28,7 @@ RULES = {
     "short intervals": dict(threshold=0.02, key_block=32, stop_interval=1),
     "budget": dict(budget=0.3),
     "dense end": dict(threshold=0.3, dense_tail=100),
+    "long histories": dict(threshold=0.4, reference_len=60),
     "dense end of a budget": dict(budget=0.1, dense_tail=1),
     # Histories that no interval divides, and for tiles of 64 no block either: a ranking ends between two tests.
     "odd histories": dict(threshold=0.002),
@@ -100,10 +101,10 @@ def test_stops_where_the_triton_kernel_stops(dtype, head_size, tile, layout, rul
     if rule == "dense":
         assert (out - exact).abs().max() <= bar
     for mine, seen in zip(wave.wave.tiles, pairs.tolist(), strict=True):
-        if mine.dense:
+        if mine.share == 0:
             begin = wave.wave.segments[mine.segment].query_pos + mine.first
             assert seen == [sum(range(begin + 1, begin + mine.rows + 1))] * 8
-    assert any(tile.dense for tile in wave.wave.tiles) == (params.dense_tail > 0)
+    assert any(tile.share == 0 for tile in wave.wave.tiles) == (params.dense_tail > 0)
     assert (out.float() - expected.float()).abs().max() <= bar
 
 

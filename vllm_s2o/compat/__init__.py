@@ -275,6 +275,15 @@ def is_draft_layer(impl, layer) -> bool:
     return impl.s2o_draft or getattr(layer, "is_draft_layer", False)
 
 
+def builder_problem(builder: type, ours: type) -> str | None:
+    """Why the layers of a builder that vLLM derives from ours are dense, or None where it is ours.
+
+    Chunked local attention is made so: the derived builder cuts each sequence into short ones and shows those to ours,
+    whose rows then are no longer the requests, and whose lengths are no longer theirs.
+    """
+    return None if builder is ours else f"sequences are cut up before attention ({builder.__name__})"
+
+
 def longest_decode(vllm_config) -> int:
     """Query tokens of a row in decode, at most: one, and what a draft proposes."""
     from vllm.v1.attention import backend

@@ -1,5 +1,6 @@
 """The sample stands for the whole prompt."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,8 @@ from attention_layer import make_inputs
 from vllm_s2o.attention import plan_step
 from vllm_s2o.params import S2OParams
 from vllm_s2o.plan import causal_pairs
-from vllm_s2o.quality.calibration.curves import EVERY, TAUS, dense_share, layer_curves, rule_of, sample
-from vllm_s2o.quality.selection import S2O
+from vllm_s2o.quality.calibration.curves import EVERY, TAUS, dense_share, layer_curves, least_density, rule_of, sample
+from vllm_s2o.quality.selection import S2O, tiles_of
 from vllm_s2o.quality.sweep import sweep
 
 
@@ -49,9 +50,25 @@ def test_the_dense_end_is_that_of_the_plan(tokens, tail, order):
     waves = plan_step([tokens], [tokens], params, 2).waves
     ends = [
         wave.segments[tile.segment].query_pos + tile.first + row + 1
-        for wave in waves for tile in wave.tiles if tile.dense for row in range(tile.rows)
+        for wave in waves for tile in wave.tiles if tile.share == 0 for row in range(tile.rows)
     ]  # fmt: skip
     assert dense_share(tokens, params) == pytest.approx(sum(ends) / causal_pairs(tokens, tokens))
+
+
+@pytest.mark.parametrize("tokens, tail", [(2048, 0), (2048, 128), (2000, 300)])
+def test_the_least_density_is_what_the_loosest_threshold_visits(tokens, tail):
+    """Where all keys weigh the same, each tile stops after its first step: in a row of its own segment's first tile,
+    two blocks of 32 keys are a little less than all of the mass."""
+    query, key, value, scale = make_inputs(tokens, num_heads=1, num_kv_heads=1)
+    params = S2OParams(segment_len=256, dense_tail=tail, key_block=32)
+    rule = replace(rule_of(params), values=(0.999,))
+    ends = sum(  # tiles of the end visit everything
+        tile.end - tile.first for tile in tiles_of(tokens, 128) if tail and tile.end > tokens - tail
+    )
+    chosen = range(-(-(tokens - ends) // 128))
+    visited = sweep(0 * query, key, value, scale, {"it": rule}, chosen=chosen)["it"]["density"].item()
+    pairs = visited * causal_pairs(tokens - ends, tokens - ends) + causal_pairs(ends, tokens)
+    assert least_density(tokens, params) == pytest.approx(pairs / causal_pairs(tokens, tokens))
 
 
 def test_the_dense_end_is_in_every_density():

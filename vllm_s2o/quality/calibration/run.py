@@ -83,7 +83,9 @@ def calibrate(
     with _one_sentence():
         source = open_model(model, num_tokens)
         base = load_config(source.traits, additional)
-        params = {f"{length}": with_changes(base.params, segment_len=length) for length in segment_lens}
+        # What is found holds for prompts like those it is judged on, and falls from there on.
+        common = with_changes(base.params, reference_len=num_tokens)
+        params = {f"{length}": with_changes(common, segment_len=length) for length in segment_lens}
         rules = {name: rule_of(one) for name, one in params.items()}
         prompts = {f"{split}: {text}": source.prompt(text, num_tokens, split) for split in SPLITS for text in texts}
         parts = Parts(
