@@ -1,6 +1,9 @@
 """Steps counted layer by layer, and told to the log no more often than it bears."""
 
+import contextlib
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -215,6 +218,53 @@ def test_laps_on_a_gpu_measure_what_runs_there():
     torch.cuda.synchronize()
     ranking, total = laps.seconds()
     assert 0 < total - ranking < ranking < total
+
+
+def test_the_thread_outlives_an_error(monkeypatch):
+    """Else later steps would wait for it, each with pinned memory. What fails may fail each time: it is said once."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    lines, told = [], []
+
+    def record(done, visited, causal):
+        told.append(visited)
+        if len(told) < 4:
+            raise ValueError(f"step {len(told)}")
+        if len(told) == 4:
+            raise LookupError("another kind")
+
+    reporter = Reporter(lines.append, interval=0, record=record)
+    threading.Thread(target=reporter._drain, daemon=True).start()
+    copied = SimpleNamespace(synchronize=lambda: None)
+    for visited in range(100, 700, 100):
+        done, by_row = finished(visited)
+        reporter._pending.put((done, torch.tensor(by_row), copied, None))
+    deadline = time.monotonic() + 10
+    while len(lines) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert told == [[100], [200], [300], [400], [500], [600]]
+    first, second, *steps = lines
+    assert first.startswith("s2o: figures of a step are lost (ValueError('step 1'), ")
+    assert "test_stats.py:" in first
+    assert second.startswith("s2o: figures of a step are lost (LookupError('another kind'), ")
+    assert [step.density for step in prefills("\n".join(steps))] == [0.25, 0.3]
+
+
+def test_the_thread_outlives_a_log_that_fails(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    told = []
+
+    def log(line):
+        raise ValueError(line)
+
+    reporter = Reporter(log, interval=0, record=lambda *figures: told.append(figures))
+    threading.Thread(target=reporter._drain, daemon=True).start()
+    for _ in range(3):
+        done, by_row = finished(100)
+        reporter._pending.put((done, torch.tensor(by_row), SimpleNamespace(synchronize=lambda: None), None))
+    deadline = time.monotonic() + 10
+    while len(told) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(told) == 3
 
 
 @pytest.mark.gpu

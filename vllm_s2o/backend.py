@@ -140,7 +140,8 @@ class S2OMetadataBuilder(DENSE_BUILDER):
             reason = layer.impl.settle(layer, self.s2o, problem)
             if reason is not None:
                 dense.setdefault(reason, []).append(short_name(layer.layer_name))
-        self.num_sparse = sum(layer.impl.s2o_params is not None for layer in self.s2o_layers)
+        may_be_sparse = [layer.impl for layer in self.s2o_layers if layer.impl.s2o_params is not None]
+        self.num_sparse, self.s2o_heads = len(may_be_sparse), sum(impl.num_heads for impl in may_be_sparse)
         self.s2o_dense = next(iter(dense), None)
         self.s2o_steps = 0
         self._introduce(
@@ -176,6 +177,7 @@ class S2OMetadataBuilder(DENSE_BUILDER):
         if fast_build:  # V1, for the steps of a drafter, whose layers are all dense
             return metadata
         if self.num_sparse:
+            prompts.weigh(self, self.s2o_heads)
             metadata.s2o = self._plan(common_attn_metadata, metadata)
         else:
             metadata.s2o_common = common_attn_metadata  # another group may have to plan, from a copy of this
@@ -194,6 +196,7 @@ class S2OMetadataBuilder(DENSE_BUILDER):
         new.s2o = None
         if not self.num_sparse:
             return new
+        prompts.weigh(self, self.s2o_heads)
         work, common = getattr(metadata, "s2o", None), getattr(metadata, "s2o_common", None)
         if work is not None:
             dense = tuple(
@@ -263,11 +266,10 @@ class S2OMetadataBuilder(DENSE_BUILDER):
             [plan.causal_pairs[row] for row in sparse],
             len(self.s2o_layers),
             plan.seqs,
-            [owners[row] for row in sparse],
+            prompts.expect([owners[row] for row in sparse]),
             self.s2o_steps % self.num_sparse,
         )
         self.s2o_steps += 1
-        prompts.expect(step.prompts)
         return Work(attention.to_device(plan, self.device), self._thresholds(), tuple(dense), step)
 
     def _all_dense(self, told: str, reason: str | None = None) -> None:

@@ -1,8 +1,10 @@
 """What was sparse: counted on the device, read without waiting for it, told to the log."""
 
+import contextlib
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -113,6 +115,7 @@ class Reporter:
         self.totals = Totals()
         self._pending: queue.SimpleQueue = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._missed: set[tuple[type, str]] = set()
 
     def finish(self, step: Step) -> None:
         """Call after the last layer of a step."""
@@ -132,9 +135,21 @@ class Reporter:
     def _drain(self) -> None:
         while True:
             step, host, copied, device = self._pending.get()
-            with torch.cuda.device(device):  # a thread starts on the first device
-                copied.synchronize()
-            self.tell(step, host.tolist())
+            try:
+                with torch.cuda.device(device):  # a thread starts on the first device
+                    copied.synchronize()
+                self.tell(step, host.tolist())
+            except Exception as error:  # without this thread, steps and their pinned memory would pile up
+                self._miss(error)
+
+    def _miss(self, error: Exception) -> None:
+        """Say that a step's figures are lost: once for each kind of error, for the next steps may all have the same."""
+        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+        place = f"{frame.f_code.co_filename}:{line}"
+        if (type(error), place) not in self._missed:
+            self._missed.add((type(error), place))
+            with contextlib.suppress(Exception):  # it may be the log that fails
+                self._log(f"s2o: figures of a step are lost ({error!r}, {place}).")
 
     def tell(self, step: Step, by_row: list[int] | None) -> None:
         """Add a step to the totals, and log it: at once, or, of several within a moment, the last one after it.

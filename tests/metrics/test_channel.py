@@ -129,6 +129,56 @@ def test_threads_lose_nothing(tmp_path, logger):
     assert scraped(tmp_path, logger) == {("count_total", "a"): 8000}
 
 
+CUTS = """
+import sys, threading
+from pathlib import Path
+from vllm_s2o.metrics.channel import Series, write_alone
+level, failed = Series("gauge", "level", "How high.", ("who",)), []
+
+def write(thread):
+    try:
+        for number in range(1000):
+            write_alone(Path(sys.argv[1]), "1-last", level, [({"who": f"{thread}{i}"}, number) for i in range(16)])
+    except Exception as error:
+        failed.append(error)
+
+threads = [threading.Thread(target=write, args=(name,)) for name in "ab"]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+sys.exit(repr(failed) if failed else 0)
+"""
+
+
+def test_threads_cut_no_file_that_another_one_writes(tmp_path, logger):
+    """It would end the process: this one is for that."""
+    ended = subprocess.run(
+        [sys.executable, "-P", "-c", CUTS, str(tmp_path)], env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    (file,) = tmp_path.iterdir()
+    assert set(scraped(tmp_path, logger).values()) == {999}
+    assert file.stat().st_size == SIZE
+
+
+def test_what_is_not_finished_leaves_nothing(tmp_path):
+    """And takes nothing away."""
+
+    def values():
+        yield {"who": "a"}, 2
+        raise OSError("gone")
+
+    write_alone(tmp_path, "1-last", LEVEL, [({"who": "a"}, 1)])
+    (before,) = tmp_path.iterdir()
+    content = before.read_bytes()
+    with pytest.raises(OSError, match="gone"):
+        write_alone(tmp_path, "1-last", LEVEL, values())
+    assert list(tmp_path.iterdir()) == [before]
+    assert before.read_bytes() == content
+
+
 def test_files_are_reserved(tmp_path):
     """Writing to a hole in a mapped file, on a full disk, would end the process."""
     Writer(tmp_path, "1").add(COUNT, 1, kind="a")
@@ -144,7 +194,7 @@ def test_a_disk_that_is_full_is_said_when_files_are_made(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space left"):
         Writer(tmp_path, "1").add(COUNT, 1, kind="a")
-    assert list(tmp_path.glob("*.db")) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- what is broken ---------------------------------------------------------------------------------------------------
@@ -206,5 +256,6 @@ def test_files_of_others_are_left_alone(tmp_path, logger):
     theirs = tmp_path / "counter_77.db"
     theirs.write_bytes((tmp_path / "counter_s2o-1.db").read_bytes())
     assert {s.value for metric in read(tmp_path, logger) for s in metric.samples} == {3}
+    (tmp_path / "gauge_max_s2o-1-prompts.1-beef.new").touch()  # of a process that was killed just then
     channel.remove(tmp_path)
     assert list(tmp_path.iterdir()) == [theirs]

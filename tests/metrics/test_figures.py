@@ -1,6 +1,12 @@
 """What is recorded is read back, and serving goes on where nothing can be recorded."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
+from processes import ROOT
 
 import vllm_s2o
 from vllm_s2o.metrics import channel, place
@@ -8,7 +14,7 @@ from vllm_s2o.metrics.figures import ALL, LONGEST_ID, RECENT, Prompt, Recorder, 
 
 
 def prompt(name: str, visited: int = 1, causal: int = 4, **fields) -> Prompt:
-    return Prompt(name, 100, 100, visited=visited, causal=causal, **fields)
+    return Prompt(name, 100, 100, causal=causal, skipped=causal - visited, **fields)
 
 
 @pytest.fixture
@@ -56,6 +62,48 @@ def test_a_client_may_choose_a_long_name(recorder):
     assert len(done.line()) < 300
 
 
+TWO_THREADS = """
+import json, logging, sys, threading
+from vllm_s2o.metrics import place
+from vllm_s2o.metrics.channel import read
+from vllm_s2o.metrics.figures import DENSITY, RECENT, Prompt, Recorder, figures
+
+lines = []
+logger = logging.Logger("figures")
+logger.warning = lambda line, *values: lines.append(line % values)
+directory = place.establish("some/model")
+recorder = Recorder(logger)
+recorder.start("c0ffee", "default.yaml")
+sys.setswitchinterval(1e-5)
+
+def tell(thread):
+    for number in range(400):
+        recorder.prompt(Prompt(f"{thread}-{number}", 10, 10, causal=4, skipped=3))
+
+threads = [threading.Thread(target=tell, args=(name,)) for name in "ab"]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+told = [sample for metric in read(directory, logger) for sample in metric.samples]
+(count,) = [sample.value for sample in told if sample.name == DENSITY.name + "_count"]
+last = [dict(labels)["request_id"] for labels, _ in recorder._recent]
+unfinished = [file.name for file in directory.iterdir() if file.suffix == ".new"]
+print(json.dumps([lines, count, sorted(figures().prompts) == sorted(last), len(last) == RECENT, unfinished]))
+"""
+
+
+def test_prompts_are_told_by_two_threads(machine):
+    """On a GPU: by the one that runs the steps, and by the one that waits for figures. In a process of its own: writing
+    to a mapped file that somebody cuts would end it."""
+    ended = subprocess.run(
+        [sys.executable, "-P", "-c", TWO_THREADS], capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(machine)},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout) == [[], 800, True, True, []]
+
+
 def test_figures_of_another_process_are_read(recorder):
     recorder.pairs(3, 12)
     assert figures(place.current()).density == 0.25
@@ -93,6 +141,15 @@ def test_a_directory_that_goes_away_ends_the_figures_alone(recorder, logger):
     record_everything(recorder)
     (line,) = logger.lines
     assert line.startswith("s2o: no more figures are kept (")
+
+
+def test_threads_that_find_the_same_say_it_once(recorder, logger):
+    """Each has begun before the other one found that nothing can be kept."""
+    recorder.start("c0ffee", "default.yaml")
+    for _ in range(2):
+        with recorder._kept():
+            raise OSError(28, "No space left on device")
+    assert logger.lines == ["s2o: no more figures are kept ([Errno 28] No space left on device)."]
 
 
 def test_a_full_disk_ends_the_figures_alone(recorder, logger, monkeypatch):

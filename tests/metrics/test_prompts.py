@@ -34,18 +34,19 @@ class Common:
         self.req_idx = None if req_idx is None else np.array(req_idx)
 
 
-def run(prompts, output, runner=None, sparse=(), dense=(), step_reason=None, figures=None):
-    """One step. `sparse` and `dense` are rows; `figures` are visited and causal pairs of the sparse rows."""
+def run(prompts, output, runner=None, sparse=(), dense=(), step_reason=None, figures=None, heads=1):
+    """One step. `sparse` and `dense` are rows; `figures` are visited and causal pairs of the sparse rows, `heads` those
+    of all layers together."""
     query_lens = list(output.num_scheduled_tokens.values())
     prompts.begin(output, runner or runner_v1(*output.num_scheduled_tokens))
+    prompts.weigh("a group", heads)
     owners = prompts.rows(Common(), query_lens)
     for row, reason in dict(dense).items():
         prompts.note_dense(owners[row], reason)
     done = None
     if sparse:
         prompts.note_sparse([owners[row] for row in sparse], [query_lens[row] for row in sparse])
-        done = Step([], [], [], 1, tuple(sparse), prompts=[owners[row] for row in sparse])
-        prompts.expect(done.prompts)
+        done = Step([], [], [], 1, tuple(sparse), prompts=prompts.expect([owners[row] for row in sparse]))
     if step_reason:
         prompts.note_step(step_reason)
     if figures:
@@ -54,16 +55,67 @@ def run(prompts, output, runner=None, sparse=(), dense=(), step_reason=None, fig
     return done
 
 
+def pairs(query_len: int, seq_len: int, heads: int = 1) -> int:
+    """Counted one by one."""
+    return heads * sum(range(seq_len - query_len + 1, seq_len + 1))
+
+
 def test_a_prompt_in_chunks(prompts, logger):
-    run(prompts, scheduled({"a": 100}, [new("a", 250)]), dense={0: SHORT})
-    run(prompts, scheduled({"a": 100}, computed={"a": 100}), sparse=[0], figures=([300], [1000]))
+    """Its density is that of the whole: the chunk that was dense counts with all its pairs, here 5050 of 31375."""
+    run(prompts, scheduled({"a": 100}, [new("a", 250)]), dense={0: SHORT}, heads=4)
+    most = pairs(100, 200, 4)
+    run(prompts, scheduled({"a": 100}, computed={"a": 100}), sparse=[0], figures=([most // 5], [most]), heads=4)
     assert figures().prompts == {}, "its prefill is not complete"
-    run(prompts, scheduled({"a": 50}, computed={"a": 200}), sparse=[0], figures=([100], [1000]))
+    last = pairs(50, 250, 4)
+    run(prompts, scheduled({"a": 50}, computed={"a": 200}), sparse=[0], figures=([last // 5], [last]), heads=4)
     found = figures()
     assert found.tokens == {("sparse", ""): 150, ("dense", SHORT): 100}
-    assert (found.visited, found.causal, found.density) == (400, 2000, 0.2)
-    assert found.prompts == {"a": 0.2}
-    assert logger.lines == ["s2o: request a prompt=250 cached=0 sparse=150 dense=100 density=0.200"]
+    assert (found.visited, found.causal, found.density) == ((most + last) // 5, most + last, 0.2)
+    assert found.prompts == {"a": (5050 + 0.2 * (31375 - 5050)) / 31375}
+    assert logger.lines == ["s2o: request a prompt=250 cached=0 sparse=150 dense=100 density=0.329"]
+
+
+def test_the_chunks_of_a_long_prompt(prompts, logger):
+    """Three of eight chunks are below min_seq_len: a seventh of the pairs."""
+    for end in range(2048, 16385, 2048):
+        seen = {"computed": {"a": end - 2048}} if end > 2048 else {"new": [new("a", 16384)]}
+        output = scheduled({"a": 2048}, **seen)
+        if end < 8192:
+            run(prompts, output, step_reason=SHORT, heads=64)
+        else:
+            most = pairs(2048, end, 64)
+            run(prompts, output, sparse=[0], figures=([most // 5], [most]), heads=64)
+    assert figures().density == pytest.approx(0.2)
+    assert figures().prompts["a"] == pytest.approx(0.3125, abs=1e-4)
+    assert logger.lines == ["s2o: request a prompt=16384 cached=0 sparse=10240 dense=6144 density=0.313"]
+
+
+def test_what_was_cached_counts_neither_way(prompts):
+    """Tokens that nothing was computed for have no pairs; as keys of the others they have."""
+    run(prompts, scheduled({"a": 100}, [new("a", 250, computed=50)]), dense={0: SHORT})
+    most = pairs(100, 250)
+    run(prompts, scheduled({"a": 100}, computed={"a": 150}), sparse=[0], figures=([0], [most]))
+    assert figures().prompts == {"a": pairs(100, 150) / pairs(200, 250)}
+
+
+def test_groups_of_layers_weigh_as_they_have_heads(prompts):
+    """Where one of them is dense for a step's sake, its pairs are visited. A group that is asked twice counts once."""
+    prompts.begin(scheduled({"a": 100}, [new("a", 100)]), runner_v1("a"))
+    for group, heads in (("first", 6), ("second", 2), ("second", 2)):
+        prompts.weigh(group, heads)
+    owners = prompts.rows(Common(), [100])
+    prompts.note_sparse(owners, [100])
+    done = Step([], [], [], 1, (0,), prompts=prompts.expect(owners))
+    prompts.note_step("cascade attention")
+    prompts.end()
+    prompts.told(done, [pairs(100, 100, 3)], [pairs(100, 100, 6)])
+    assert figures().prompts == {"a": 5 / 8}
+
+
+def test_a_prompt_of_dense_chunks_alone_has_no_density(prompts, logger):
+    run(prompts, scheduled({"a": 100}, [new("a", 200)]), dense={0: SHORT})
+    run(prompts, scheduled({"a": 100}, computed={"a": 100}), dense={0: "the end of a prompt"})
+    assert (figures().prompts, logger.lines) == ({}, [])
 
 
 def test_decode_is_no_prefill(prompts):
@@ -92,18 +144,20 @@ def test_figures_that_come_late(prompts):
     first = run(prompts, scheduled({"a": 100}, [new("a", 200)]), sparse=[0])
     second = run(prompts, scheduled({"a": 100}, computed={"a": 100}), sparse=[0])
     run(prompts, scheduled({"b": 10}, [new("b", 10)], finished=["a"]), step_reason=SHORT)
-    prompts.told(first, [100], [1000])
+    prompts.told(first, [pairs(100, 100)], [pairs(100, 100)])
     assert figures().prompts == {}
-    prompts.told(second, [200], [1000])
-    assert figures().prompts == {"a": 0.15}
+    prompts.told(second, [0], [pairs(100, 200)])
+    assert figures().prompts == {"a": pairs(100, 100) / pairs(200, 200)}
 
 
-def test_the_last_chunk_may_be_dense(prompts):
+@pytest.mark.parametrize("reason", ["below min_query_len", "the end of a prompt"])
+def test_the_last_chunk_may_be_dense(prompts, reason):
     first = run(prompts, scheduled({"a": 100}, [new("a", 110)]), sparse=[0])
-    run(prompts, scheduled({"a": 10}, computed={"a": 100}), dense={0: "below min_query_len"})
+    run(prompts, scheduled({"a": 10}, computed={"a": 100}), dense={0: reason})
     assert figures().prompts == {}
-    prompts.told(first, [100], [1000])
-    assert figures().prompts == {"a": 0.1}
+    prompts.told(first, [50], [pairs(100, 100)])
+    assert figures().prompts == {"a": (50 + pairs(10, 110)) / pairs(110, 110)}
+    assert figures().density == 50 / pairs(100, 100), "what sparse attention did"
 
 
 def test_an_aborted_prompt_has_no_density(prompts):
@@ -114,10 +168,38 @@ def test_an_aborted_prompt_has_no_density(prompts):
 
 
 def test_a_preempted_prompt_starts_again(prompts):
-    run(prompts, scheduled({"a": 100}, [new("a", 200)]), sparse=[0], figures=([900], [1000]))
-    run(prompts, scheduled({"a": 200}, computed={"a": 0}, resumed=["a"]), sparse=[0], figures=([400], [2000]))
+    run(prompts, scheduled({"a": 60}, [new("a", 200)]), dense={0: SHORT})
+    first = run(prompts, scheduled({"a": 40}, computed={"a": 60}), sparse=[0])
+    most = pairs(200, 200)
+    run(prompts, scheduled({"a": 200}, computed={"a": 0}, resumed=["a"]), sparse=[0], figures=([most // 5], [most]))
+    prompts.told(first, [9], [10])
     assert figures().prompts == {"a": 0.2}, "what was thrown away does not count for the prompt"
-    assert figures().tokens == {("sparse", ""): 300}, "but it was computed"
+    assert figures().tokens == {("sparse", ""): 240, ("dense", SHORT): 60}, "but it was computed"
+
+
+def test_what_was_cached_when_a_prompt_starts_again_counts_neither_way(prompts, logger):
+    """Its own first chunk, most often."""
+    run(prompts, scheduled({"a": 100}, [new("a", 250)]), dense={0: SHORT})
+    run(prompts, scheduled({"a": 50}, computed={"a": 100}, resumed=["a"]), dense={0: SHORT})
+    most = pairs(100, 250)
+    run(prompts, scheduled({"a": 100}, computed={"a": 150}), sparse=[0], figures=([0], [most]))
+    assert figures().prompts == {"a": pairs(50, 150) / pairs(150, 250)}
+    assert "cached=100 sparse=100 dense=50 " in logger.lines[0]
+
+
+def test_a_long_answer_that_is_computed_anew_is_no_part_of_the_prompt(prompts, logger):
+    """Nor is its prompt told twice: chunks of the answer may be sparse, too."""
+    run(prompts, scheduled({"a": 100}, [new("a", 100)]), sparse=[0], figures=([0], [pairs(100, 100)]))
+    run(prompts, scheduled({"a": 1}, computed={"a": 100}))
+    logger.lines.clear()
+    first = run(prompts, scheduled({"a": 100}, computed={"a": 0}, resumed=["a"]), sparse=[0])
+    second = run(prompts, scheduled({"a": 80}, computed={"a": 100}), sparse=[0])
+    third = run(prompts, scheduled({"a": 70}, computed={"a": 180}), sparse=[0])
+    prompts.told(first, [pairs(100, 100) // 2], [pairs(100, 100)])
+    for done, most in ((second, pairs(80, 180)), (third, pairs(70, 250))):
+        prompts.told(done, [0], [most])
+    assert logger.lines == ["s2o: request a prompt=100 cached=0 sparse=100 dense=0 density=0.500"]
+    assert figures().causal == 2 * pairs(100, 100) + pairs(150, 250), "but S2O computed it"
 
 
 def test_a_request_resumed_in_its_decode_is_computed_anew(prompts, logger):
@@ -155,7 +237,7 @@ def test_a_mark_that_means_nothing_is_none(prompts):
 
 def test_each_request_of_a_step_has_its_path(prompts):
     output = scheduled({"d": 1, "a": 50, "b": 80, "c": 90}, [new("a", 50), new("b", 80), new("c", 90, mark="off")])
-    run(prompts, output, sparse=[2], dense={1: SHORT, 3: OFF}, figures=([1], [2]))
+    run(prompts, output, sparse=[2], dense={1: SHORT, 3: OFF}, figures=([1620], [pairs(80, 80)]))
     assert figures().tokens == {("sparse", ""): 80, ("dense", SHORT): 50, ("dense", OFF): 90}
     assert figures().prompts == {"b": 0.5, "c": 1.0}
 
@@ -247,15 +329,30 @@ def test_rows_that_are_not_known_count_as_tokens(prompts):
     """Their prompts have no figures, and the tokens are as many."""
     output = scheduled({"a": 50, "b": 80}, [new("a", 50), new("b", 80)])
     prompts.begin(output, runner_v1("b", "a"))
+    prompts.weigh("a group", 1)
     owners = prompts.rows(Common(), [50, 80])
     assert owners == [None, None]
     prompts.note_sparse([None], [80])
+    assert prompts.expect([None]) == [None]
     prompts.note_step(SHORT)
     prompts.end()
     found = figures()
     assert sum(found.tokens.values()) == 130
     assert found.tokens["sparse", ""] == 80
     assert found.prompts == {}
+
+
+def test_a_chunk_that_is_not_known_does_not_count_for_its_prompt(prompts):
+    """How much of it was skipped, nobody knows; in a step without sparse rows, nothing was."""
+    prompts.begin(scheduled({"a": 50, "b": 80}, [new("a", 200), new("b", 80)]), runner_v1("b", "a"))
+    prompts.weigh("a group", 1)
+    prompts.rows(Common(), [50, 80])
+    prompts.note_sparse([None], [80])
+    prompts.end()
+    run(prompts, scheduled({"a": 50}, computed={"a": 50}), step_reason=SHORT)
+    most = pairs(100, 200)
+    run(prompts, scheduled({"a": 100}, computed={"a": 100}), sparse=[0], figures=([0], [most]))
+    assert figures().prompts == {"a": pairs(50, 100) / pairs(150, 200)}
 
 
 def test_a_decision_holds_where_rows_are_not_known(prompts):

@@ -5,10 +5,12 @@ With several API servers they lie where vLLM's own do, and /metrics adds them up
 no such directory: there `Collector` reads ours, when it is asked.
 """
 
+import contextlib
 import logging
 import os
+import secrets
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,6 +25,9 @@ SIZE = 1 << 16
 
 OURS = "s2o-"
 """What the files' names say before the process; without an underscore, at which prometheus_client parts a name."""
+
+UNFINISHED = ".new"
+"""How the name of a file ends until it is whole: no reader looks at it."""
 
 
 @dataclass(frozen=True)
@@ -57,30 +62,32 @@ def file_name(series: Series, writer: str) -> str:
     return f"{series.prefix}_{OURS}{writer}.db"
 
 
-def _make(path: Path) -> MmapedDict:
-    """A new file, whole before it has its name: a reader would stumble over an empty one."""
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+@contextlib.contextmanager
+def _new(path: Path) -> Iterator[MmapedDict]:
+    """A new file, whole before it has its name: a reader would stumble over an empty one.
+
+    Until then its name is nobody else's, whatever threads and processes write, and whatever one that was killed has
+    left: to cut a file that is mapped ends the process that writes to it.
+    """
+    unfinished = path.with_suffix(f".{os.getpid()}-{secrets.token_hex(8)}{UNFINISHED}")
+    descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     try:
-        os.posix_fallocate(descriptor, 0, SIZE)
-    finally:
-        os.close(descriptor)
-    made = MmapedDict(str(unfinished))
-    unfinished.replace(path)
-    return made
+        try:
+            os.posix_fallocate(descriptor, 0, SIZE)
+        finally:
+            os.close(descriptor)
+        yield MmapedDict(str(unfinished))
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def write_alone(directory: Path, writer: str, series: Series, values: Iterable[tuple[dict[str, str], float]]) -> None:
     """Replace all values of a gauge by others, in a file of its own. Raises OSError."""
-    path = directory / file_name(series, writer)
-    unfinished = path.with_suffix(f".{os.getpid()}.new")
-    made = _make(unfinished)
-    try:
+    with _new(directory / file_name(series, writer)) as made, contextlib.closing(made):
         for labels, value in values:
             made.write_value(series.key(series.name, labels), value, 0.0)
-    finally:
-        made.close()
-    unfinished.replace(path)
 
 
 class Writer:
@@ -116,7 +123,9 @@ class Writer:
 
     def _file(self, series: Series) -> MmapedDict:
         if series.prefix not in self._files:
-            self._files[series.prefix] = _make(self.directory / file_name(series, self._writer))
+            with _new(self.directory / file_name(series, self._writer)) as made:
+                pass
+            self._files[series.prefix] = made
         return self._files[series.prefix]
 
     def _add(self, series: Series, sample: str, amount: float, labels: dict[str, str]) -> None:
@@ -127,8 +136,9 @@ class Writer:
 
 def remove(directory: Path) -> None:
     """Ours of another server: one that has ended, in a directory that the user names."""
-    for path in directory.glob(f"*_{OURS}*.db"):
-        path.unlink(missing_ok=True)
+    for end in (".db", UNFINISHED):
+        for path in directory.glob(f"*_{OURS}*{end}"):
+            path.unlink(missing_ok=True)
 
 
 _unreadable: set[Path] = set()

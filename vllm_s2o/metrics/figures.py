@@ -28,7 +28,7 @@ CAUSAL = Series(
 )  # fmt: skip
 DENSITY = Series(
     "histogram", "vllm_s2o_prompt_density",
-    "Visited pairs over causal pairs, of each long prompt whose prefill is complete.",
+    "Visited pairs over causal pairs, of each long prompt whose prefill is complete, its dense chunks included.",
     buckets=(0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.999, 1.0),
 )  # fmt: skip
 RANKING = Series(
@@ -42,8 +42,9 @@ CONFIG = Series(
 )
 ENABLED = Series("gauge", "vllm_s2o_enabled", "Whether new prompts may be sparse: the switch.")
 PROMPT = Series(
-    "gauge", "vllm_s2o_recent_prompt_density", "Density of the last long prompts.", ("request_id", "tokens", "reason")
-)
+    "gauge", "vllm_s2o_recent_prompt_density", "Density of the last long prompts, their dense chunks included.",
+    ("request_id", "tokens", "reason"),
+)  # fmt: skip
 
 ALL = (TOKENS, VISITED, CAUSAL, DENSITY, RANKING, ATTENTION, CONFIG, ENABLED, PROMPT)
 
@@ -69,8 +70,10 @@ class Prompt:
     cached: int = 0
     """Of `computed`, those that nothing was computed for."""
     tokens: dict[str, int] = field(default_factory=lambda: {SPARSE: 0, DENSE: 0})
-    visited: int = 0
     causal: int = 0
+    """Pairs of all that was computed of it, by sparse attention and by dense, in the layers that may be sparse."""
+    skipped: int = 0
+    """Of `causal`, those that sparse attention left out."""
     long: bool = False
     """Whether a part of it was sparse, or would have been."""
     pending: int = 0
@@ -78,7 +81,12 @@ class Prompt:
     complete: bool = False
 
     @property
+    def visited(self) -> int:
+        return self.causal - self.skipped
+
+    @property
     def density(self) -> float:
+        """Of the whole prompt: what skipping saved in some chunks is little where others were dense."""
         return density(self.visited, self.causal)
 
     def line(self) -> str:
@@ -99,6 +107,8 @@ class Recorder:
         self._opened = False
         self._writer: Writer | None = None
         self._recent: deque[tuple[dict[str, str], float]] = deque(maxlen=RECENT)
+        self._showing = threading.Lock()
+        """Held while the last prompts are written: a thread that is late must not put back what they were before."""
 
     def _to(self) -> Writer | None:
         with self._lock:
@@ -116,8 +126,10 @@ class Recorder:
         try:
             yield
         except OSError as error:
-            self._writer = None
-            self._logger.warning("s2o: no more figures are kept (%s).", error)
+            with self._lock:
+                first, self._writer = self._writer is not None, None
+            if first:  # of the threads that came upon it
+                self._logger.warning("s2o: no more figures are kept (%s).", error)
 
     def start(self, config_hash: str, source: str) -> None:
         """Show every series, for those who look before the first prompt."""
@@ -149,7 +161,7 @@ class Recorder:
                 writer.add(ATTENTION, attention)
 
     def prompt(self, prompt: Prompt) -> None:
-        """One whose prefill is complete."""
+        """One whose prefill is complete. Called by the thread that runs the steps, and by the one of `stats`."""
         if writer := self._to():
             labels = {
                 "request_id": prompt.request_id[:LONGEST_ID],
@@ -158,8 +170,9 @@ class Recorder:
             }
             with self._kept():
                 writer.observe(DENSITY, prompt.density)
-                self._recent.append((labels, prompt.density))
-                write_alone(writer.directory, f"{os.getpid()}-prompts", PROMPT, list(self._recent))
+                with self._showing:
+                    self._recent.append((labels, prompt.density))
+                    write_alone(writer.directory, f"{os.getpid()}-prompts", PROMPT, list(self._recent))
 
 
 @dataclass(frozen=True)
@@ -173,7 +186,7 @@ class Figures:
     ranking_seconds: float
     attention_seconds: float
     prompts: dict[str, float]
-    """Density of the last long prompts, by request."""
+    """Density of the last long prompts, by request; of the whole prompt, dense chunks included."""
     configs: tuple[str, ...]
     """Hashes."""
     on: bool

@@ -1,9 +1,9 @@
 """Which requests a step computes: what the scheduler says of them, put beside what their attention took.
 
     begin (before a step)      new requests, with the decision that they carry; what each has to compute
-    note (metadata builder)    the path of each row, or of the step
+    note (metadata builder)    the path of each row, or of the step; how many heads its pairs count for
     told (any thread)          figures of a step, once they are on the host
-    end (after a step)         tokens by path; prompts whose prefill is complete
+    end (after a step)         tokens by path; pairs of each prompt; prompts whose prefill is complete
 
 Decisions are those that requests carry: nothing is decided here.
 """
@@ -38,6 +38,13 @@ class _Step:
     """Why all of the step is dense."""
     unnamed: int = 0
     """Sparse tokens of rows whose requests are not known."""
+    heads: dict[Any, int] = field(default_factory=dict)
+    """By group of layers: heads of those that may be sparse."""
+
+
+def _causal_pairs(before: int, tokens: int) -> int:
+    """For one head: (query, key) pairs of new tokens with all that is before each, and with itself."""
+    return tokens * before + tokens * (tokens + 1) // 2
 
 
 class Prompts:
@@ -115,20 +122,29 @@ class Prompts:
         if self._step is not None and (sparse_layers or self._step.reason is None):
             self._step.reason = reason
 
-    def expect(self, prompts: Iterable[Prompt | None]) -> None:
-        """Figures of these will be `told`."""
+    def weigh(self, group: Any, heads: int) -> None:
+        """Of a group of layers that the step runs: the heads of those that may be sparse. Pairs of a prompt count once
+        for each, whether its chunk is sparse or dense: else the ones would outweigh the others."""
+        if self._step is not None:
+            self._step.heads[group] = heads
+
+    def expect(self, prompts: Iterable[Prompt | None]) -> list[Prompt | None]:
+        """Figures of these will be `told`. Returned are those that they count for: a prompt that is complete has its
+        figures, and what follows after a preemption is its answer, computed anew."""
+        counted = [self._computing.get(prompt.request_id) if prompt else None for prompt in prompts]
         with self._lock:
-            for prompt in prompts:
+            for prompt in counted:
                 if prompt is not None:
                     prompt.pending += 1
                     prompt.long = True
+        return counted
 
     def end(self) -> None:
         step, self._step = self._step, None
         if step is None:
             return
         records = compat.counts_tokens()
-        unnamed = step.unnamed
+        unnamed, heads = step.unnamed, sum(step.heads.values())
         counts: dict[tuple[str, str], int] = {}
         for prompt, tokens in step.prefill:
             if unnamed and prompt.request_id not in step.paths:  # which of them, nobody knows
@@ -141,6 +157,9 @@ class Prompts:
                 path = SPARSE if reason is None else DENSE
                 prompt.tokens[path] += count
                 counts[path, reason or ""] = counts.get((path, reason or ""), 0) + count
+            if not step.unnamed or prompt.request_id in step.paths:  # else nobody knows what of it was skipped
+                with self._lock:
+                    prompt.causal += heads * _causal_pairs(prompt.computed, tokens)
             prompt.computed += tokens
             if prompt.computed >= prompt.length:
                 self._computing.pop(prompt.request_id, None)
@@ -165,8 +184,7 @@ class Prompts:
         with self._lock:
             for prompt, seen, most in zip(done.prompts, visited, causal, strict=True):
                 if prompt is not None:
-                    prompt.visited += seen
-                    prompt.causal += most
+                    prompt.skipped += most - seen
                     prompt.pending -= 1
                     if prompt.complete and prompt.pending == 0:
                         finished.append(prompt)
