@@ -1,5 +1,6 @@
 """A bad config file in one sentence: which file, which field, what is allowed."""
 
+import itertools
 import json
 import math
 from typing import Any
@@ -55,6 +56,18 @@ NESTED: dict[str, type[BaseModel]] = {"match": Match, "params": S2OParams, "laye
 """Models of the fields that hold further fields."""
 
 
+class FieldErrors(ConfigError):
+    """Fields that cannot be used. As text the first one, and how many more; `every` has a sentence for each."""
+
+    def __init__(self, sentence: str, every: tuple[str, ...]):
+        super().__init__(sentence)
+        self.every = every
+
+
+MOST_TOLD = 20
+"""Wrong fields that get a sentence each: a file may have tens of thousands."""
+
+
 def validate(model: type[Settings], fields: dict[str, Any], source: str, partial: bool = False) -> Any:
     """`partial`: what is checked is laid over a file, so that rules between two fields must wait."""
     try:
@@ -64,12 +77,22 @@ def validate(model: type[Settings], fields: dict[str, Any], source: str, partial
         # A field is often missing because its name is misspelt: the unknown one is what the user looks for.
         errors.sort(key=lambda e: e["type"] == "missing")
         if errors:
-            raise ConfigError(_sentence(errors, model, source)) from None
+            raise FieldErrors(_sentence(errors, model, source), _sentences(errors, model, source)) from None
 
 
 def _place(error: Any) -> tuple:
     """Location of the field that is wrong. What follows it names branches of a union, or an entry of a list."""
     return error["loc"][: 3 if error["loc"][:1] == ("layers",) else 2]
+
+
+def _sentences(errors: list, model: type[Settings], source: str) -> tuple[str, ...]:
+    """One for each of the first fields that are wrong."""
+    by_place: dict[tuple, list] = {}
+    for error in errors:
+        by_place.setdefault(_place(error), []).append(error)
+    told = [_sentence(same, model, source) for same in itertools.islice(by_place.values(), MOST_TOLD)]
+    others = len(by_place) - len(told)
+    return (*told, *([f"{source}: {others} more fields are wrong."] if others else []))
 
 
 def _sentence(errors: list, model: type[Settings], source: str) -> str:

@@ -63,7 +63,8 @@ def read(path: Path, name: str | None = None) -> dict[str, Any]:
         raise ConfigError(f"{name} is not valid YAML{where}: {' '.join(str(problem).split())}.") from None
     if not isinstance(fields, dict):
         example = "'params: {threshold: 0.02}'"
-        raise ConfigError(f"{name} holds no fields; a config file is a YAML mapping such as {example}.")
+        kind = "holds no fields" if fields is None else "is a list" if isinstance(fields, list) else "is a single value"
+        raise ConfigError(f"{name} {kind}; a config file is a YAML mapping such as {example}.")
     return fields
 
 

@@ -48,8 +48,9 @@ def tools(monkeypatch):
     return found
 
 
-def test_both_side_by_side(command, tools):
-    ended = command("bench", "m", "--tokens", "9000", "--tokens", "16000", "--concurrency", "8", "--server", "--seed 3")
+def test_both_side_by_side(command, tools, smollm2):
+    tokens = ("--tokens", "9000", "--tokens", "16000")
+    ended = command("bench", smollm2, *tokens, "--concurrency", "8", "--server", "--seed 3")
     assert ended.status == 0
     (ours, _), (theirs, _) = tools.servers
     assert ours == ["--no-enable-prefix-caching", "--attention-backend", "CUSTOM", "--seed", "3"]
@@ -71,10 +72,11 @@ def test_both_side_by_side(command, tools):
     assert "30.0        20.0    1.50x" in tables[2]
 
 
-def test_what_a_script_gets(command, tools, monkeypatch):
+def test_what_a_script_gets(command, tools, smollm2, monkeypatch, tmp_path):
+    (tmp_path / "mine.yaml").write_text("min_seq_len: 99\n")
     monkeypatch.setenv("VLLM_S2O_CONFIG", "mine.yaml")
     given = '{"s2o": {"threshold": 0.01}}'
-    ended = command("bench", "m", "--tool", "serve", "--additional-config", given, "--json")
+    ended = command("bench", smollm2, "--tool", "serve", "--additional-config", given, "--json")
     assert ended.err == ""
     document = json.loads(ended.out)
     (run,) = document["runs"]
@@ -88,9 +90,9 @@ def test_what_a_script_gets(command, tools, monkeypatch):
     assert env["VLLM_S2O_CONFIG"] == "mine.yaml", "a user's server is as the user's variables say"
 
 
-def test_prompts_that_all_ran_dense_are_told_of(command, tools):
+def test_prompts_that_all_ran_dense_are_told_of(command, tools, smollm2):
     tools.long = False
-    ended = command("bench", "m", "--tool", "serve")
+    ended = command("bench", smollm2, "--tool", "serve")
     assert ended.status == 0
     assert "No prompt was long enough for S2O: see min_seq_len in `vllm-s2o config show MODEL`." in ended.err
 
@@ -103,9 +105,24 @@ def test_what_is_compared_cannot_be_chosen(command, tools, given):
     assert not tools.servers
 
 
-def test_a_tool_that_fails(command, tools):
+@pytest.mark.parametrize(
+    "model, given, said",
+    [
+        ("./nomodel", "{}", "vllm-s2o: there is no directory ./nomodel; allowed is "),
+        (None, '{"s2o": {"threshol": 1}}', "there is no field 'threshol'; allowed are "),
+        (None, '{"s2o": "nowhere.yaml"}', 'nowhere.yaml (named by --additional-config "s2o"): there is no such file'),
+        (None, '{"S2O": {}}', "--additional-config has the key 'S2O'; allowed is 's2o'."),
+    ],
+)
+def test_what_no_server_would_take_is_told_before_one_starts(command, tools, smollm2, model, given, said):
+    ended = command("bench", model or smollm2, "--additional-config", given)
+    assert ended.status == 1 and said in ended.sentence
+    assert not tools.servers and not tools.engines
+
+
+def test_a_tool_that_fails(command, tools, smollm2):
     tools.fails = "vllm bench serve did not end in 500 s with prompts of 8192 tokens."
-    ended = command("bench", "m")
+    ended = command("bench", smollm2)
     assert ended.status == 1
     assert ended.err.splitlines()[-1].endswith(
         "vllm-s2o: S2O: vllm bench serve did not end in 500 s with prompts of 8192 tokens."

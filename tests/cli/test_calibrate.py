@@ -29,7 +29,11 @@ def test_the_example_of_the_help(command, checkpoint, tmp_path):
     lines = ended.out.splitlines()
     assert [line.split()[0] for line in lines[1:5]] == ["0", "1", "2", "all"]
     assert re.search(r"^The best single threshold with no worse layer, [\d.]+, visits 0\.\d{3}\.$", ended.out, re.M)
-    assert "No prompt is as long as that: the model's context ends at 2048 tokens." in ended.out
+    assert re.search(
+        r"^For an H100 min_seq_len was estimated as \d+; it is capped at (512|1024), for the model's context ends at "
+        r"2048 tokens\.$", ended.out, re.M,
+    )  # fmt: skip
+    assert "No prompt is as long as that" not in ended.out
     assert (tmp_path / "my.yaml").exists()
     assert command("config", "validate", "my.yaml", "--model", checkpoint).status == 0
     shown = command("config", "show", checkpoint, "--additional-config", '{"s2o": "my.yaml"}')
@@ -53,6 +57,14 @@ def test_what_a_script_gets(command, checkpoint, tmp_path):
     assert (tmp_path / "a.yaml").read_text() != before, "another minimum length"
 
 
+def test_what_no_prompt_reaches_and_what_yarn_does_is_told(command, checkpoint):
+    arguments = ("--max-relative-error", "0.1", "--out", "a.yaml", "--text", "code", "--tokens", "2560")
+    ended = command("calibrate", checkpoint, *arguments, "--segment-len", "256", "--min-seq-len", "3000")
+    lines = ended.out.splitlines()
+    for said in ("The model's context ends at 2048 tokens: it ran with YaRN x1.25, ", "No prompt is as long as that: "):
+        assert sum(line.startswith(said) for line in lines) == 1
+
+
 def test_an_interruption_says_how_to_go_on(command, checkpoint, tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
@@ -69,6 +81,7 @@ def test_an_interruption_says_how_to_go_on(command, checkpoint, tmp_path, monkey
     [
         ((), 1, "Exactly one budget is needed: "),
         (("--max-relative-error", "0.1", "--target-density", "0.1"), 1, "Exactly one budget is needed: "),
+        (("--target-density", "0.001", *SMALL), 1, "A density of 0.001 cannot be reached: with segments of 256 or "),
         (("--max-relative-error", "2"), 1, "The budget max_relative_error=2 cannot be met: "),
         (("--max-relative-error", "0.1", "--tokens", "300"), 1, "300 tokens hold no two segments of 512: "),
         (("--max-relative-error", "0.1", "--segment-len", "100"), 1, "segment_len=100 must be a multiple of tile_size"),

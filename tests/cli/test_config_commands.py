@@ -130,7 +130,7 @@ def test_a_good_file_is_ok(command, write, smollm2):
     assert command("config", "validate", path) == (0, f"{path}: ok\n", "")
     assert command("config", "validate", path, "--model", smollm2) == (0, f"{path}: ok for {smollm2}\n", "")
     document = command("config", "validate", path, "--model", smollm2, "--json").document
-    assert document == {"file": path, "model": smollm2, "valid": True, "problem": None}
+    assert document == {"file": path, "model": smollm2, "valid": True, "problem": None, "problems": []}
 
 
 @pytest.mark.parametrize("text", BAD.values(), ids=BAD)
@@ -164,9 +164,33 @@ def test_a_bad_file_in_json(command, write):
     ended = command("config", "validate", path, "--json")
     document = json.loads(ended.out)
     assert ended.status == 1
-    assert document == {"file": path, "model": None, "valid": False, "problem": document["problem"]}
-    assert ended.err == f"vllm-s2o: {document['problem']}\n"
-    assert "'params.tau'" in document["problem"]
+    sentence = document["problem"]
+    assert document == {"file": path, "model": None, "valid": False, "problem": sentence, "problems": [sentence]}
+    assert ended.err == f"vllm-s2o: {sentence}\n"
+    assert "'params.tau'" in sentence
+
+
+def test_all_wrong_fields_of_a_file_are_told(command, write, smollm2):
+    """A server ends with the first; who looks at the file wants to mend it once."""
+    path = write("min_seq_len: 0\nparams: {threshold: 2, tau: 1}\nlayers: [{layers: 3}]\n")
+    names = ["min_seq_len", "params.threshold", "params.tau", "layers.0.threshold"]
+    for model in ((), ("--model", smollm2)):
+        ended = command("config", "validate", path, *model)
+        lines = ended.err.splitlines()
+        assert (ended.status, ended.out) == (1, "")
+        for line, name in zip(lines, names, strict=True):
+            assert line.startswith(f"vllm-s2o: {path}: ") and f"'{name}'" in line and line.endswith(".")
+            assert "more wrong" not in line
+    ended = command("config", "validate", path, "--json")
+    document = json.loads(ended.out)
+    assert [f"vllm-s2o: {problem}" for problem in document["problems"]] == lines == ended.err.splitlines()
+    assert document["problem"].endswith(" (and 3 more wrong).")
+
+
+def test_of_very_many_wrong_fields_the_rest_is_counted(command, write):
+    path = write("layers: [" + "0," * 1000 + "]\n")
+    lines = command("config", "validate", path).err.splitlines()
+    assert len(lines) == 21 and lines[-1] == f"vllm-s2o: {path}: 980 more fields are wrong."
 
 
 # -- explain ----------------------------------------------------------------------------------------------------------

@@ -181,7 +181,7 @@ REFUSED = {
         ("MODEL", "--additional-config", '{"s2o": {"layers": [{"layers": "0-2", "threshold": "dense"}]}}'), 1,
         "makes no layer of",
     ),
-    "no config": (("MODEL", "--config", "gone.yaml"), 1, "gone.yaml (named by "),
+    "no config": (("MODEL", "--config", "gone.yaml"), 1, "--config: gone.yaml: there is no such file (looked for "),
     "no model": (("gone", *OPTION), 1, "gone"),
 }  # fmt: skip
 

@@ -155,7 +155,8 @@ def test_every_field_has_its_values_and_a_description():
 BAD_FILES = {
     "empty": ("", "holds no fields", "YAML mapping"),
     "comments only": ("# nothing\n", "holds no fields", "YAML mapping"),
-    "a list": ("- 1\n", "holds no fields", "YAML mapping"),
+    "a list": ("- 1\n", "is a list", "YAML mapping"),
+    "a number": ("7\n", "is a single value", "YAML mapping"),
     "not UTF-8": (b"params: \xff\n", "not UTF-8", "YAML config file is expected"),
     "not YAML": ("params: [1\n", "not valid YAML", "line"),
     "two documents": ("a: 1\n---\nb: 2\n", "not valid YAML"),

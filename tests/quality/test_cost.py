@@ -74,13 +74,18 @@ def test_figures_of_next_tokens_against_whole_logits(model):
     assert dense_surprise == pytest.approx(torch.nn.functional.nll_loss(a[:-1], targets).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("given", [{"min_seq_len": TOKENS + 1}, {"layers": [{"layers": "0-99", "threshold": "dense"}]}])
-def test_a_config_that_leaves_all_dense_is_refused(source, model, ids, given):
-    if "layers" in given:
-        last = source.traits.num_layers - 1
-        given = {"layers": [{"layers": f"0-{last}" if last else 0, "threshold": "dense"}]}
+def test_a_config_that_leaves_all_dense_is_refused(source, model, ids):
+    given = {"layers": [{"layers": f"0-{source.traits.num_layers - 1}", "threshold": "dense"}]}
     with pytest.raises(cost.CostError, match="there is nothing to measure"):
         cost.measure(model, ids, load_config(source.traits, {**GIVEN, **given}))
+
+
+def test_sparse_attention_is_judged_whatever_the_shortest_sparse_prompt_is(source, model, ids):
+    found, above = (
+        cost.measure(model, ids, load_config(source.traits, {**GIVEN, "threshold": 0.3, "min_seq_len": least}))
+        for least in (1, TOKENS + 1)
+    )
+    assert above == found and found[0].density < 1
 
 
 def test_the_mean_over_prompts():

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import click
 
+from vllm_s2o import model as models
+from vllm_s2o import settings
 from vllm_s2o.cli.environment import describe
 from vllm_s2o.cli.options import additional_config, as_json, print_json
 from vllm_s2o.cli.progress import layers_done
@@ -79,6 +81,8 @@ def bench(
     named = [argument for argument in server if argument.partition("=")[0] in ("--attention-backend", "-ac")]
     if named or any(argument.partition("=")[0] == "--additional-config" for argument in server):
         raise click.UsageError("--server cannot choose the backend or the additional config: both are compared here.")
+    # Before any server: vLLM would say the same at the end of a long log.
+    settings.load_with(settings.traits_of(models.read(model)), settings.part_of(additional))
     lengths = tokens or (8192,)
     loads = [Load(length, output, concurrency, max(prompts, concurrency)) for length in lengths]
     runs = [Run(tool, load) for tool in tools or ("serve", "throughput") for load in loads]

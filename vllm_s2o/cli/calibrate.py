@@ -27,7 +27,10 @@ LONGEST = 2**20
 @click.option(
     "--segment-len", "segment_lens", type=int, multiple=True, metavar="N", help="To try; default 256 and 512."
 )
-@click.option("--min-seq-len", type=click.IntRange(1), metavar="N", help="Of the config; estimated by default.")
+@click.option(
+    "--min-seq-len", type=click.IntRange(1), metavar="N",
+    help="Of the config; by default estimated, within a quarter of the model's context.",
+)  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Which tiles of the prompts are looked at.")
 @additional_config
 @click.option("--force", is_flag=True, help="Replace FILE if it is there.")
@@ -71,7 +74,7 @@ def calibrate(
     if as_json:
         print_json(_document(found, out))
         return
-    for line in _lines(found):
+    for line in (*_lines(found), *found.notes):
         click.echo(line)
     if known.max_model_len is not None and found.min_seq_len > known.max_model_len:
         click.echo(
@@ -112,6 +115,7 @@ def _document(found: "Found", out: Path) -> dict[str, Any]:
     return {
         "file": str(out), "segment_len": found.params.segment_len, "min_seq_len": found.min_seq_len,
         "density": found.density, "worst_relative_error": found.worst_error, "logit_kl": found.kl,
+        "notes": list(found.notes),
         "worst_relative_error_where_chosen": max(choice.error for choice in found.layers),
         "single": None if found.single is None else {"threshold": found.single[0], "density": found.single[1]},
         "layers": [

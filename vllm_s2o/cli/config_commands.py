@@ -10,7 +10,7 @@ import click
 from vllm_s2o import config_reference, model, settings
 from vllm_s2o.cli.options import additional_config, as_json, print_json
 from vllm_s2o.config import ConfigError, ResolvedConfig, load_config, load_file
-from vllm_s2o.config_errors import ADDITIONAL
+from vllm_s2o.config_errors import ADDITIONAL, FieldErrors
 from vllm_s2o.config_file import Settings
 
 
@@ -103,8 +103,9 @@ def _origin(resolved: ResolvedConfig, origin: str) -> str:
 @click.argument("file", metavar="FILE")
 @click.option("--model", "model_name", metavar="MODEL", help="Also check that the model has the layers and heads.")
 @as_json
-def validate(file: str, model_name: str | None, as_json: bool) -> None:
-    """Whether FILE can be used: ok, or the sentence that a server would end with.
+@click.pass_context
+def validate(context: click.Context, file: str, model_name: str | None, as_json: bool) -> None:
+    """Whether FILE can be used: ok, or what is wrong, a line for each field. A server ends with the first one.
 
     Without --model, the numbers of layers and heads are taken as they are.
 
@@ -116,13 +117,25 @@ def validate(file: str, model_name: str | None, as_json: bool) -> None:
     try:
         load_file(file) if traits is None else load_config(traits, file)
     except ConfigError as error:
+        every = _every(error)
         if as_json:
-            print_json({"file": file, "model": model_name, "valid": False, "problem": str(error)})
-        raise
+            told = {"problem": str(error), "problems": every}
+            print_json({"file": file, "model": model_name, "valid": False, **told})
+        if len(every) == 1:
+            raise
+        for sentence in every:
+            click.echo(f"{context.find_root().info_name}: {sentence}", err=True)
+        context.exit(1)
     if as_json:
-        print_json({"file": file, "model": model_name, "valid": True, "problem": None})
+        print_json({"file": file, "model": model_name, "valid": True, "problem": None, "problems": []})
     else:
         click.echo(f"{file}: ok" + (f" for {model_name}" if model_name else ""))
+
+
+def _every(error: ConfigError) -> list[str]:
+    """A sentence for each field that is wrong. `load_file` raises anew, on one line, what had them."""
+    cause = error.__context__
+    return [" ".join(one.split()) for one in cause.every] if isinstance(cause, FieldErrors) else [str(error)]
 
 
 # -- explain ----------------------------------------------------------------------------------------------------------

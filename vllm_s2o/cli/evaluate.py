@@ -1,6 +1,7 @@
 """`vllm-s2o evaluate`: what a config costs a model."""
 
 import functools
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import click
 
 from vllm_s2o import model as models
 from vllm_s2o import settings
-from vllm_s2o.cli.options import additional_config, as_json, print_json
+from vllm_s2o.cli.options import additional_config, as_json, chosen_config, print_json
 from vllm_s2o.cli.progress import layers_done
 
 FORMATS = {
@@ -33,8 +34,9 @@ def evaluate(
     """What a config costs MODEL, against dense attention on the same prompts.
 
     Density and error of each layer, and of the next tokens at all positions: the share that stays the same, the
-    divergence of their distributions, and the perplexity of the text. MODEL runs in transformers. Needles and RULER's
-    tasks, which need a server: python -P -m vllm_s2o.quality.tasks.
+    divergence of their distributions, and the perplexity of the text. MODEL runs in transformers, and is sparse
+    whatever the config's min_seq_len is. Needles and RULER's tasks, which need a server:
+    python -P -m vllm_s2o.quality.tasks.
 
     \b
     Example:
@@ -45,8 +47,8 @@ def evaluate(
 
     if file is not None and settings.part_of(additional) is not None:
         raise click.UsageError("--config and --additional-config cannot be given together.")
-    config = settings.load_with(settings.traits_of(models.read(model)), file or settings.part_of(additional))
-    texts = texts or ("code", "prose")
+    config = chosen_config(settings.traits_of(models.read(model)), file, additional)
+    texts = tuple(dict.fromkeys(texts)) or ("code", "prose")
     costs, layers = [], {}
     with layers_done(2 * config.traits.num_layers * len(texts), quiet=as_json) as progress:
         try:
@@ -62,6 +64,7 @@ def evaluate(
         print_json(
             {
                 "model": model, "config": config.source, "digest": config.digest(), "tokens": tokens, "split": split,
+                "min_seq_len": config.min_seq_len, "rope_factor": source.rope_factor,
                 "mean": mean(costs)._asdict(),
                 "texts": {
                     text: {**cost._asdict(), "layers": [layer._asdict() for layer in layers[text]]}
@@ -72,6 +75,13 @@ def evaluate(
         return
     for line in config.describe():
         click.echo(line)
+    if tokens < config.min_seq_len:
+        click.echo(
+            f"A server leaves prompts of {tokens} tokens dense, below min_seq_len={config.min_seq_len}: judged is what "
+            "sparse attention would do to them."
+        )
+    if source.extension is not None:
+        click.echo(source.extension)
     names = [Path(text).name for text in texts]
     width = max(map(len, [*names, "mean"]))
     click.echo("\n" + " ".join([" " * width, *(f"{name:>16}" for name in FORMATS)]))
@@ -83,4 +93,9 @@ def evaluate(
     worst = max((layer for found in layers.values() for layer in found), key=lambda layer: layer.rel_error)
     click.echo(
         f"\nThe layer that errs most is {worst.layer}: {worst.rel_error:.1e} at a density of {worst.density:.3f}."
+    )
+    name = shlex.quote(model)
+    click.echo(
+        f"A server's answers: python -P -m vllm_s2o.quality.tasks {name} --out tasks.csv asks tasks with S2O and "
+        f"without, python -P -m vllm_s2o.quality.needles {name} prints a request that hides a number."
     )

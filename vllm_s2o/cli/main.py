@@ -1,6 +1,7 @@
 """The command `vllm-s2o`: its subcommands, and how all of them end.
 
-What is wrong is said in one line on stderr: status 1 where the work shows it, 2 where the command is not understood.
+What is wrong is said in one line on stderr, by `config validate` in one for each field: status 1 where the work shows
+it, 2 where the command is not understood.
 """
 
 import os

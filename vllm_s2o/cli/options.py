@@ -6,6 +6,9 @@ from typing import Any
 
 import click
 
+from vllm_s2o import settings
+from vllm_s2o.config import ConfigError, ModelTraits, ResolvedConfig, load_file
+
 
 class JsonObject(click.ParamType):
     """A JSON object, as vLLM's --additional-config takes it."""
@@ -34,6 +37,17 @@ def additional_config(command: Callable) -> Callable:
         metavar="JSON",
         help="What the server would get: its option of the same name.",
     )(command)
+
+
+def chosen_config(traits: ModelTraits, file: str | None, additional: dict[str, Any] | None) -> ResolvedConfig:
+    """The config of --config, else the one that --additional-config makes of the model's own."""
+    if file is None:
+        return settings.load_with(traits, settings.part_of(additional))
+    try:
+        load_file(file)  # beforehand: what else reads it takes it for a part of --additional-config, and says so
+    except ConfigError as error:
+        raise ConfigError(f"--config: {error}") from None
+    return settings.load_with(traits, file)
 
 
 def as_json(command: Callable) -> Callable:

@@ -11,7 +11,7 @@ import click
 from vllm_s2o import model as models
 from vllm_s2o import settings
 from vllm_s2o.cli import environment
-from vllm_s2o.cli.options import additional_config, as_json, print_json
+from vllm_s2o.cli.options import additional_config, as_json, chosen_config, print_json
 from vllm_s2o.cli.progress import layers_done
 from vllm_s2o.report import bench, page, results
 from vllm_s2o.version import __version__
@@ -125,7 +125,7 @@ def _run(
     from vllm_s2o.quality.capture import CaptureError
     from vllm_s2o.report import capture
 
-    config = settings.load_with(settings.traits_of(models.read(name)), file or settings.part_of(additional))
+    config = chosen_config(settings.traits_of(models.read(name)), file, additional)
     try:
         layer, head = capture.chosen_layer(config, layer, head or 0), head or 0
         if prompt is not None:

@@ -22,7 +22,7 @@ import torch
 
 from vllm_s2o.compat import MAX_HEAD_SIZE
 from vllm_s2o.config import ConfigError, ModelTraits, load_config
-from vllm_s2o.model import Model
+from vllm_s2o.model import Model, locate
 from vllm_s2o.quality.text import SOURCES, TextError, first_tokens
 from vllm_s2o.settings import traits_of
 
@@ -94,6 +94,18 @@ class Source(NamedTuple):
     traits: ModelTraits
     rope_factor: float
     """By which YaRN extends the context; 1 where the prompt fits into it."""
+    context: int
+    """Tokens that the model was made for, without YaRN."""
+
+    @property
+    def extension(self) -> str | None:
+        """That the context was extended, in a sentence; None where the prompt fits into it."""
+        if self.rope_factor == 1:
+            return None
+        return (
+            f"The model's context ends at {self.context} tokens: it ran with YaRN x{self.rope_factor:g}, and a server "
+            "of such prompts has to."
+        )
 
     def prompt(self, text: str, num_tokens: int, split: str | None = None) -> list[int]:
         """The beginning of a text, in tokens; `split` as in `text.pieces`.
@@ -129,20 +141,37 @@ def open_model(model: str, num_tokens: int) -> Source:
     if num_tokens < 1:
         raise CaptureError(f"A prompt has at least 1 token, not {num_tokens}.")
     try:
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoConfig
     except ImportError as error:
         raise CaptureError(f"Capturing needs transformers, which cannot be imported: {_line(error)}") from error
     with _loading(model):
         config = AutoConfig.from_pretrained(model)
         traits = model_traits(model, config)
+        context = config.get_text_config().max_position_embeddings
         rope_factor = extend_rope(config, num_tokens)
-        return Source(config, AutoTokenizer.from_pretrained(model), traits, rope_factor)
+    return Source(config, open_tokenizer(model), traits, rope_factor, context)
+
+
+def open_tokenizer(model: str) -> Any:
+    """A model's tokenizer.
+
+    Raises:
+        CaptureError: in one sentence, whatever went wrong.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise CaptureError(f"A tokenizer needs transformers, which cannot be imported: {_line(error)}") from error
+    with _loading(model):
+        return AutoTokenizer.from_pretrained(model)
 
 
 @contextlib.contextmanager
 def _loading(model: str) -> Iterator[None]:
     """Turn what transformers says of a model that it cannot load into a sentence."""
     try:
+        if not Path(model).is_dir():
+            locate(model)  # without a network, transformers would ask for half a minute and then blame the connection
         yield
     except ConfigError as error:
         raise CaptureError(str(error)) from None

@@ -85,20 +85,17 @@ def measure(
 
     Args:
         model: one of transformers' causal LMs; afterwards its attention is again what it was.
-        ids: the prompt's tokens.
+        ids: the prompt's tokens. What the config does to them is judged whatever its `min_seq_len` is.
         progress: told 1 for each layer of each run.
 
     Raises:
-        CostError: the config leaves every layer dense at this length.
+        CostError: the config leaves every layer dense.
         CaptureError: the model's attention is not plain causal attention.
     """
     layer_params = {layer: config.layer(layer) for layer in range(config.traits.num_layers)}
     sparse = {layer: params for layer, params in layer_params.items() if params is not None}
-    if len(ids) < config.min_seq_len or not sparse:
-        why = f"from min_seq_len={config.min_seq_len} tokens on" if sparse else "in no layer"
-        raise CostError(
-            f"{config.source} makes prompts sparse {why}: with {len(ids)} tokens there is nothing to measure."
-        )
+    if not sparse:
+        raise CostError(f"{config.source} makes prompts sparse in no layer: there is nothing to measure.")
     layers: list[LayerCost] = []
 
     def dense(layer: Layer) -> torch.Tensor:

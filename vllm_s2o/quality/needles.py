@@ -61,9 +61,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="another text and number")
     parser.add_argument("--name", help="what the server calls the model (default: the directory's name)")
     args = parser.parse_args()
-    from transformers import AutoTokenizer
+    from .capture import CaptureError, open_tokenizer  # not for those who take a prompt from here: it imports PyTorch
 
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    try:
+        tokenizer = open_tokenizer(args.tokenizer)
+    except CaptureError as error:
+        sys.exit(f"needles: {error}")
     made = needle(args.tokens, args.depth, args.seed, lambda text: len(tokenizer(text).input_ids))
     print(f"the number is {made.number}", file=sys.stderr)
     messages = [{"role": "user", "content": made.prompt}]

@@ -57,8 +57,7 @@ def test_the_dense_end_is_that_of_the_plan(tokens, tail, order):
 
 @pytest.mark.parametrize("tokens, tail", [(2048, 0), (2048, 128), (2000, 300)])
 def test_the_least_density_is_what_the_loosest_threshold_visits(tokens, tail):
-    """Where all keys weigh the same, each tile stops after its first step: in a row of its own segment's first tile,
-    two blocks of 32 keys are a little less than all of the mass."""
+    """Where all keys weigh the same, no step gains as much, and each tile stops after its first one."""
     query, key, value, scale = make_inputs(tokens, num_heads=1, num_kv_heads=1)
     params = S2OParams(segment_len=256, dense_tail=tail, key_block=32)
     rule = replace(rule_of(params), values=(0.999,))

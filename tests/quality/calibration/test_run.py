@@ -1,6 +1,7 @@
 """What calibration promises, on a model that is worth one: it beats a single threshold, and its figures are true."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from calibration_case import TASK, TOKENS
 
 from vllm_s2o.config import ModelTraits, S2OParams, load_config
 from vllm_s2o.quality import cost
-from vllm_s2o.quality.calibration import Budget, CalibrationError, calibrate, choose, curves
+from vllm_s2o.quality.calibration import Budget, CalibrationError, calibrate, choose, curves, speed
 from vllm_s2o.quality.calibration.search import Choice
 from vllm_s2o.quality.capture import model_traits, open_model
 from vllm_s2o.quality.sweep import sweep
@@ -158,16 +159,62 @@ def test_a_text_that_is_too_short_is_told(checkpoint, tmp_path, text, tokens):
 @pytest.mark.parametrize(
     "budget, said",
     [
-        (Budget(max_relative_error=1e-12), "No layer can be sparse within this budget: nothing is written."),
-        (Budget(target_density=0.05), "A density of 0.05 cannot be reached: with segments of 256 or 512 tokens, "),
+        (Budget(max_relative_error=1e-12), "No layer can be sparse within this budget: nothing is written; "),
         (Budget(max_logit_kl=1e-12), "No thresholds kept the divergence of logits at 1e-12 or below in "),
     ],
 )
 def test_budgets_that_turn_out_impossible_are_told(checkpoint, tmp_path, budget, said):
+    """And that the next try need not begin anew."""
+    out = tmp_path / "a.yaml"
     with pytest.raises(CalibrationError) as caught:
-        calibrate(checkpoint, tmp_path / "a.yaml", budget, **TASK)
+        calibrate(checkpoint, out, budget, **TASK)
     assert str(caught.value).startswith(said)
-    assert not (tmp_path / "a.yaml").exists()
+    assert str(caught.value).endswith(f"; the sweeps are kept in {parts(out)}, for the next try.")
+    assert parts(out).exists() and not out.exists()
+
+
+def test_a_density_that_lengths_forbid_is_told_before_anything_is_run(checkpoint, tmp_path, swept):
+    with pytest.raises(CalibrationError) as caught:
+        calibrate(checkpoint, tmp_path / "a.yaml", Budget(target_density=0.05), **TASK)
+    assert str(caught.value).startswith("A density of 0.05 cannot be reached: with segments of 256 or 512 tokens, ")
+    named = float(re.search(r"at least (\S+) of the pairs are visited\.$", str(caught.value))[1])
+    least = curves.least_density(TOKENS, S2OParams(segment_len=256))
+    assert least <= named < least + 1e-3
+    assert swept == [] and list(tmp_path.iterdir()) == []
+
+
+# -- the shortest sparse prompt ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "estimate, context, segment_len, expected",
+    [(16384, 8192, 512, 2048), (2048, 8192, 512, 2048), (16384, 131072, 512, 16384), (16384, 2048, 512, 1024)],
+)
+def test_the_estimate_ends_far_below_the_context(estimate, context, segment_len, expected):
+    found, note = speed.capped(estimate, context, segment_len)
+    assert found == expected
+    assert (note is None) == (found == estimate)
+    if note:
+        assert note == (
+            f"For an H100 min_seq_len was estimated as {estimate}; it is capped at {expected}, for the model's context "
+            f"ends at {context} tokens."
+        )
+
+
+def test_the_file_says_that_the_estimate_was_capped(checkpoint, tmp_path):
+    """And no server would find it without effect. A given length is left alone."""
+    out = tmp_path / "a.yaml"
+    found = calibrate(checkpoint, out, ERROR, **TASK | {"min_seq_len": None})
+    assert found.min_seq_len == max(TOKENS // 4, 2 * found.params.segment_len)
+    (note,) = found.notes
+    assert f"# {note}" in out.read_text().splitlines()
+    assert config_of(checkpoint, out).no_effect(TOKENS) is None
+
+
+def test_a_given_length_is_not_capped(calibrated):
+    out, found = calibrated
+    assert found.min_seq_len == TASK["min_seq_len"] and found.notes == ()
+    assert "capped" not in out.read_text()
 
 
 def test_a_folder_that_cannot_be_is_told(checkpoint, tmp_path):

@@ -49,11 +49,7 @@ def cheapest(budget: Budget, curves: dict[str, list[Curves]], segment_lens: Sequ
             choices = [search.within_error(layer, allowed) for layer in curves[rule]]
             found[rule] = search.mean_density(choices) + ranking, choices
     if not found:
-        lengths = " or ".join(map(str, segment_lens))
-        raise CalibrationError(
-            f"A density of {budget.target_density:g} cannot be reached: with segments of {lengths} tokens, at least "
-            f"{lowest:.3f} of the pairs are visited."
-        )
+        raise CalibrationError(search.unreachable(budget.target_density or 0.0, segment_lens, lowest))
     rule = min(found, key=lambda rule: found[rule][0])
     return rule, found[rule][1]
 

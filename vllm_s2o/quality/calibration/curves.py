@@ -90,11 +90,28 @@ def measure(
 
 def dense_share(num_tokens: int, params: S2OParams) -> float:
     """Of a prompt's pairs those of its dense end."""
-    if not params.dense_tail:
-        return 0.0
-    whole = params.tile_size if params.query_order == "position" else params.segment_len
-    first = max(num_tokens - params.dense_tail, 0) // whole * whole
+    first = _dense_from(num_tokens, params)
     return causal_pairs(num_tokens - first, num_tokens) / causal_pairs(num_tokens, num_tokens)
+
+
+def _dense_from(num_tokens: int, params: S2OParams) -> int:
+    """The first position of a prompt's dense end; `num_tokens` where it has none."""
+    if not params.dense_tail:
+        return num_tokens
+    whole = params.tile_size if params.query_order == "position" else params.segment_len
+    return max(num_tokens - params.dense_tail, 0) // whole * whole
+
+
+def least_density(num_tokens: int, params: S2OParams) -> float:
+    """Of a prompt's pairs those that any threshold visits: its dense end, each segment's own, and of its history the
+    first step, after which a tile may stop."""
+    dense = _dense_from(num_tokens, params)
+    pairs = causal_pairs(num_tokens - dense, num_tokens)
+    step = params.stop_interval * params.key_block
+    for start in range(0, dense, params.segment_len):
+        rows = min(params.segment_len, dense - start)
+        pairs += causal_pairs(rows, rows) + rows * min(start, step)
+    return pairs / causal_pairs(num_tokens, num_tokens)
 
 
 def layer_curves(

@@ -9,11 +9,11 @@ import datetime
 import hashlib
 import importlib.metadata
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_s2o.config import ConfigError, ModelTraits, ResolvedConfig, load_config
+from vllm_s2o.config import ConfigError, ResolvedConfig, load_config
 from vllm_s2o.params import S2OParams
 from vllm_s2o.quality import cost
 from vllm_s2o.quality.capture import CaptureError, Source, open_model
@@ -24,9 +24,9 @@ from vllm_s2o.version import __version__
 
 from . import file, search
 from .choose import cheapest, with_changes, within_kl
-from .curves import Curves, dense_share, layer_curves, measure, rule_of
+from .curves import Curves, dense_share, layer_curves, least_density, measure, rule_of
 from .search import Budget, CalibrationError, Choice
-from .speed import shortest
+from .speed import capped, shortest
 
 SPLITS = ("choosing", "held-out")
 
@@ -48,6 +48,8 @@ class Found(NamedTuple):
     min_seq_len: int
     kl: float | None
     """On the first text; only where the budget is one of it."""
+    notes: tuple[str, ...]
+    """What else to know of these figures, a sentence each."""
 
     @property
     def density(self) -> float:
@@ -70,7 +72,7 @@ def calibrate(
         out: the config file; sweeps lie beside it, in FILE.parts.jsonl, until it is written.
         texts: names as in `text.pieces`.
         segment_lens: multiples of the tile size; the cheapest one is taken.
-        min_seq_len: of the written config; estimated if None.
+        min_seq_len: of the written config; if None estimated, and no more than a quarter of the model's context.
         seed: which tiles are looked at.
         additional: what is not searched, over the model's present config: as in `load_config`.
         progress: told what is done, and how many layers of it; see `steps` for how many there are.
@@ -86,6 +88,7 @@ def calibrate(
         # What is found holds for prompts like those it is judged on, and falls from there on.
         common = with_changes(base.params, reference_len=num_tokens)
         params = {f"{length}": with_changes(common, segment_len=length) for length in segment_lens}
+        _check_reachable(budget, params.values(), num_tokens)
         rules = {name: rule_of(one) for name, one in params.items()}
         prompts = {f"{split}: {text}": source.prompt(text, num_tokens, split) for split in SPLITS for text in texts}
         parts = Parts(
@@ -110,7 +113,7 @@ def calibrate(
         for rule in rules
     }
     kl = None
-    with _one_sentence():
+    with _kept(parts.path), _one_sentence():
         if budget.max_logit_kl is not None:
             rule, choices, kl = within_kl(
                 budget.max_logit_kl, source, {rule: curves["choosing", rule] for rule in rules}, params, rules,
@@ -118,9 +121,8 @@ def calibrate(
             )  # fmt: skip
         else:
             rule, choices = cheapest(budget, {rule: curves["choosing", rule] for rule in rules}, segment_lens)
-    held_out = {rule: curves["held-out", rule] for rule in rules}
-    found = _found(choices, held_out, rule, params[rule], rules[rule].values, traits, min_seq_len, num_tokens, kl)
-    with _one_sentence():
+        held_out = {rule: curves["held-out", rule] for rule in rules}
+        found = _found(choices, held_out, rule, params[rule], rules[rule].values, source, min_seq_len, num_tokens, kl)
         _write(out, found, source, base, budget, texts, num_tokens, seed)
         parts.path.unlink()
     return found
@@ -150,6 +152,28 @@ def _check(budget: Budget, texts: Sequence[str], num_tokens: int, segment_lens: 
         )
 
 
+def _check_reachable(budget: Budget, params: Iterable[S2OParams], num_tokens: int) -> None:
+    """Lengths alone tell the least density: nobody shall wait for sweeps to hear of it."""
+    if budget.target_density is None:
+        return
+    least = {one.segment_len: least_density(num_tokens, one) for one in params}
+    if budget.target_density < min(least.values()):
+        # Rounded up: whoever gives what is named here is not refused by its last digit.
+        named = math.ceil(1e3 * min(least.values())) / 1e3
+        raise CalibrationError(search.unreachable(budget.target_density, least, named))
+
+
+@contextlib.contextmanager
+def _kept(path: Path) -> Iterator[None]:
+    """Add to a refusal that the work before it is not lost."""
+    try:
+        yield
+    except CalibrationError as error:
+        raise CalibrationError(
+            f"{str(error).removesuffix('.')}; the sweeps are kept in {path}, for the next try."
+        ) from error
+
+
 @contextlib.contextmanager
 def _one_sentence() -> Iterator[None]:
     try:
@@ -162,7 +186,7 @@ def _one_sentence() -> Iterator[None]:
 
 def _found(
     choices: Sequence[Choice], held_out: dict[str, list[Curves]], rule: str, params: S2OParams,
-    values: Sequence[float], traits: ModelTraits, min_seq_len: int | None, num_tokens: int, kl: float | None,
+    values: Sequence[float], source: Source, min_seq_len: int | None, num_tokens: int, kl: float | None,
 ) -> Found:  # fmt: skip
     if all(choice.dense for choice in choices):
         raise CalibrationError("No layer can be sparse within this budget: nothing is written.")
@@ -173,13 +197,17 @@ def _found(
     dense, worst = [choice.dense for choice in choices], max(choice.error for choice in judged)
     singles = [search.best_single(curves, dense, worst, values) for curves in held_out.values()]
     single = min((one for one in singles if one), key=lambda one: one[1], default=None)
+    traits = source.traits
     common, _ = file.overrides(choices, values, traits.num_heads // traits.num_kv_heads)
+    notes = [source.extension] if source.extension else []
     if min_seq_len is None:
         sparse = [choice.density for choice in choices if not choice.dense]
-        min_seq_len = shortest(traits, sum(sparse) / len(sparse), num_tokens, params.segment_len)
+        estimate = shortest(traits, sum(sparse) / len(sparse), num_tokens, params.segment_len)
+        min_seq_len, note = capped(estimate, source.context, params.segment_len)
+        notes += [note] if note else []
     return Found(
         with_changes(params, threshold=common), tuple(choices), tuple(judged), tuple(values),
-        single, min_seq_len, kl,
+        single, min_seq_len, kl, tuple(notes),
     )  # fmt: skip
 
 
@@ -214,6 +242,7 @@ def _write(
     heading = [
         f"Thresholds of {name}, searched by `vllm-s2o calibrate`. Densities and errors are those of held-out text;",
         "a layer is dense where the budget leaves too little to skip.",
+        *found.notes,
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
     file.write(out, content, heading)

@@ -6,7 +6,7 @@ budget spends the density where it saves most error. A budget is met by searchin
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy
@@ -39,6 +39,15 @@ class Budget(NamedTuple):
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={value:g}" for name, value in self._asdict().items() if value is not None)
+
+
+def unreachable(density: float, lengths: Iterable[int], least: float) -> str:
+    """Why there is no config of this density."""
+    segments = " or ".join(map(str, lengths))
+    return (
+        f"A density of {density:g} cannot be reached: with segments of {segments} tokens, at least {least:.3f} of the "
+        "pairs are visited."
+    )
 
 
 class Choice(NamedTuple):

@@ -28,3 +28,19 @@ def shortest(traits: ModelTraits, density: float, num_tokens: int, segment_len: 
         if share * SPARSE_PAIR * dense + LAUNCH < dense:
             return tokens
     return 2**20
+
+
+def capped(estimate: int, context: int, segment_len: int) -> tuple[int, str | None]:
+    """What `shortest` estimates, but no more than a quarter of the model's context, and that it was capped, in a
+    sentence.
+
+    Beyond the context no prompt would ever be sparse. How much S2O gains on other machines is for `vllm-s2o bench` to
+    say. Of fewer tokens than two segments hold, nothing can be left out.
+    """
+    most = max(context // 4, 2 * segment_len)
+    if estimate <= most:
+        return estimate, None
+    return most, (
+        f"For an H100 min_seq_len was estimated as {estimate}; it is capped at {most}, for the model's context ends at "
+        f"{context} tokens."
+    )

@@ -1,7 +1,8 @@
 """S2O's rule (arXiv 2602.22575) and its variants: the history in ranked order, until a step gains too little.
 
 A variant differs in how keys are scored, in what they are sorted by, in whose gain is judged, or in how often. What
-ships is `kernels/naive.py`, and `S2O()` with the parameters of an `S2OParams` selects the same.
+ships is `kernels/naive.py`. `S2O()` with the parameters of an `S2OParams` selects the same, but for `dense_tail` and
+`reference_len`, of which a rule knows nothing: each of its tiles may stop, at one threshold for all lengths.
 """
 
 import math

@@ -1,0 +1,55 @@
+"""`vllm-s2o evaluate`: what it tells, what a script gets, and how it refuses."""
+
+import calibration_case
+import pytest
+
+SMALL = ("--text", "code", "--tokens", "1024")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    return calibration_case.save(tmp_path_factory.mktemp("model"))
+
+
+def test_a_text_named_twice_is_one(command, checkpoint):
+    document = command("evaluate", checkpoint, *SMALL, "--text", "code", "--json").document
+    assert list(document["texts"]) == ["code"]
+    assert document["mean"] == {name: document["texts"]["code"][name] for name in document["mean"]}
+    assert (document["min_seq_len"], document["rope_factor"]) == (8192, 1.0)
+
+
+def test_a_config_is_judged_below_its_shortest_sparse_prompt(command, checkpoint, tmp_path):
+    (tmp_path / "my.yaml").write_text("min_seq_len: 3000\nparams: {threshold: 0.1, segment_len: 256}\n")
+    ended = command("evaluate", checkpoint, "--config", "my.yaml", *SMALL)
+    assert ended.status == 0
+    assert "A server leaves prompts of 1024 tokens dense, below min_seq_len=3000: " in ended.out
+    density = float(ended.out[ended.out.index("density") :].splitlines()[1].split()[1])
+    assert density < 1
+
+
+def test_tasks_and_needles_are_pointed_to(command, checkpoint):
+    last = command("evaluate", checkpoint, *SMALL).out.splitlines()[-1]
+    for module in ("tasks", "needles"):
+        assert f"python -P -m vllm_s2o.quality.{module} {checkpoint}" in last
+
+
+def test_an_extended_context_is_told(command, checkpoint):
+    arguments = ("evaluate", checkpoint, "--text", "code", "--tokens", "2560")
+    assert command(*arguments, "--json").document["rope_factor"] == 1.25
+    said = "The model's context ends at 2048 tokens: it ran with YaRN x1.25, "
+    assert sum(line.startswith(said) for line in command(*arguments).out.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (None, "vllm-s2o: --config: my.yaml: there is no such file (looked for "),
+        ("params: {tau: 1}\n", "vllm-s2o: --config: my.yaml: there is no field 'params.tau'; allowed are "),
+        ("layers: [{layers: 30, threshold: 0}]\n", "vllm-s2o: my.yaml: the field 'layers.0.layers' cannot be 30; "),
+    ],
+)
+def test_a_bad_config_is_told_with_the_option_that_names_it(command, smollm2, tmp_path, text, said):
+    if text is not None:
+        (tmp_path / "my.yaml").write_text(text)
+    ended = command("evaluate", smollm2, "--config", "my.yaml")
+    assert ended.status == 1 and ended.sentence.startswith(said)
