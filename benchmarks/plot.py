@@ -96,7 +96,8 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     row = ours[0]
     made = f"{row['gpu']}, {row['shape']}, bf16, torch {row['torch']}, Triton {row['triton']}, vLLM {row['vllm']}"
-    figure.suptitle(f"{made}, {row['date']}", fontsize=9)
+    dates = sorted({row["date"] for row in rows})
+    figure.suptitle(f"{made}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}", fontsize=9)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
 
