@@ -60,7 +60,7 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
         times = [float(row[f"vs_{name}"]) for row in beside]
         at = [int(row["seq_len"]) for row in beside]
         speed.plot(at, times, "o", color=COLOURS[name], label=f"against {LABELS[name]}")
-    for row in ours:
+    for number, row in enumerate(ours):
         share = f"{float(row['density']):.0%}"
         for axes, column in ((time, "ms_p50"), (speed, "vs_fa3_paged")):
             if not row[column]:
@@ -70,7 +70,8 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
         point = (float(row["density"]), float(row["rel_error"]))
         error.plot(*point, "o", color=COLOURS["s2o"])
         name = f"{int(row['seq_len']) // 1024}K"
-        error.annotate(name, point, xytext=(6, -3), textcoords="offset points", fontsize=8)
+        beside = (6, 4 if number % 2 else -10)  # neighbours lie close
+        error.annotate(name, point, xytext=beside, textcoords="offset points", fontsize=8)
     for provider in PEERS:
         if not (theirs := first(rows, provider)):
             continue
