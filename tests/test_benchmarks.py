@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from bench_modules import latency, main, needles, record, servers
 from processes import ROOT
 
@@ -22,6 +24,29 @@ from vllm_s2o.quality.needles import Needle
 NEEDLES = [Needle(f"{length} tokens, depth 50%", str(length), "12345") for length in (1000, 4000, 7800)]
 CHUNKS = "INFO Chunked prefill is enabled with max_num_batched_tokens=8192.\n"
 ENVIRONMENT = {"machine": "GPU", "date": "2026-01-01", "commit": "abc", "changed": False, "vllm": "0.32.0"}
+
+
+COMMANDS = re.findall(
+    r"^    python (benchmarks/\S+) (.+?)(?: {2,}#.*)?$", (ROOT / "README.md").read_text(), re.MULTILINE
+)
+
+
+@pytest.mark.parametrize(("program", "line"), COMMANDS)
+def test_commands_of_the_readme_are_understood(program, line, tmp_path):
+    words = [word.replace("PATH", str(tmp_path)).replace("FILE", str(tmp_path / "out")) for word in shlex.split(line)]
+    if program == "benchmarks/serving.py":
+        assert main.parser().parse_args(words).model == "MODEL"
+        return
+    assert program == "benchmarks/attention.py"
+    if torch.cuda.is_available():
+        pytest.skip("would measure")
+    # All is looked at before the GPU is.
+    done = subprocess.run([sys.executable, ROOT / program, *words], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "attention.py needs a CUDA device.\n")
+
+
+def test_the_readme_has_such_commands():
+    assert {program for program, _ in COMMANDS} == {"benchmarks/attention.py", "benchmarks/serving.py"}
 
 
 class Server:

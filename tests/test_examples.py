@@ -77,6 +77,14 @@ SERVERS = {
 }
 
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WRITTEN = {
+    f"{page.name}: {line}": served_with(shlex.split(line, comments=True))
+    for page in PAGES
+    for line in re.findall(r"^ {4,}(vllm serve .+)$", page.read_text(), re.MULTILINE)
+}
+
+
 @pytest.fixture(scope="module")
 def options():
     """vLLM's parser of a server's arguments, as its commands use it."""
@@ -103,9 +111,13 @@ def test_there_are_servers_to_look_at():
     assert started == {"Dockerfile", "lm_eval.sh", "openai_client.py", "serve_config.yaml"}
 
 
-@pytest.mark.parametrize("line", SERVERS)
+def test_pages_start_servers():
+    assert {line.partition(":")[0] for line in WRITTEN} >= {"README.md"}
+
+
+@pytest.mark.parametrize("line", SERVERS | WRITTEN)
 def test_a_server_understands_the_command(options, line):
-    found = options(SERVERS[line])
+    found = options((SERVERS | WRITTEN)[line])
     assert getattr(found.attention_backend, "name", found.attention_backend) == "CUSTOM"
 
 

@@ -52,6 +52,22 @@ def test_the_end_of_a_prompt_is_dense(llama, witness):
             assert without[at].visited < row.visited <= row.causal
 
 
+def test_thresholds_fall_with_length_alike_in_chunks(llama, witness):
+    """By the place of a segment, not by what a step holds of a prompt: chunks that end with segments change nothing."""
+
+    def visited(at_most: int, **more) -> list[int]:
+        config = {**CONFIG, "min_seq_len": 64, "segment_len": 256, "threshold": THRESHOLD, **more}
+        with engines.engine(llama, config, max_num_batched_tokens=at_most) as llm:
+            ask(llm, [tokens(2000, 7)])
+        rows = witness.take().rows
+        return [sum(row.visited for row in rows[layer::3]) for layer in range(3)]
+
+    falling, at_once = visited(512, reference_len=500), visited(engines.CONTEXT, reference_len=500)
+    # In 16 bits a tile that is about to stop may stop a block sooner.
+    assert falling == pytest.approx(at_once, rel=0 if engines.CPU else 0.01, abs=0)
+    assert all(more > fewer for more, fewer in zip(at_once, visited(engines.CONTEXT), strict=True))
+
+
 @pytest.fixture(scope="module")
 def whole(llama):
     with pytest.MonkeyPatch.context() as patch:
