@@ -70,8 +70,8 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
         point = (float(row["density"]), float(row["rel_error"]))
         error.plot(*point, "o", color=COLOURS["s2o"])
         name = f"{int(row['seq_len']) // 1024}K"
-        beside = (6, 4 if number % 2 else -10)  # neighbours lie close
-        error.annotate(name, point, xytext=beside, textcoords="offset points", fontsize=8)
+        apart = (6, 4 if number % 2 else -10)  # neighbours lie close
+        error.annotate(name, point, xytext=apart, textcoords="offset points", fontsize=8)
     for provider in PEERS:
         if not (theirs := first(rows, provider)):
             continue
