@@ -27,18 +27,18 @@ def read(paths: list[Path]) -> list[dict[str, str]]:
     return [row for row in rows if row["ms_p50"]]
 
 
-def first(rows: list[dict[str, str]], provider: str) -> list[dict[str, str]]:
-    """A provider's rows by length; where several runs measured one point, the first."""
+def latest(rows: list[dict[str, str]], provider: str) -> list[dict[str, str]]:
+    """A provider's rows by length; where several runs measured one point, the last."""
     points: dict[tuple, dict[str, str]] = {}
     for row in rows:
         if row["provider"] == provider:
-            points.setdefault((int(row["seq_len"]), round(-float(row["density"]), 2), row["note"]), row)
+            points[int(row["seq_len"]), round(-float(row["density"]), 2), row["note"]] = row
     return [points[at] for at in sorted(points)]
 
 
 def lines(rows: list[dict[str, str]], provider: str, column: str) -> tuple[list[int], list[float]]:
     """Length and figure of a dense provider."""
-    points = first(rows, provider)
+    points = latest(rows, provider)
     return [int(row["seq_len"]) for row in points], [float(row[column]) for row in points]
 
 
@@ -49,7 +49,7 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (time, speed, error) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    ours = first(rows, "s2o")
+    ours = latest(rows, "s2o")
     lengths = sorted({int(row["seq_len"]) for row in rows})
     for provider in ("fa2", "fa3", "fa3_paged"):
         time.plot(*lines(rows, provider, "ms_p50"), "o-", color=COLOURS[provider], label=LABELS[provider])
@@ -60,7 +60,8 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
         times = [float(row[f"vs_{name}"]) for row in beside]
         at = [int(row["seq_len"]) for row in beside]
         speed.plot(at, times, "o", color=COLOURS[name], label=f"against {LABELS[name]}")
-    for number, row in enumerate(ours):
+    by_density = sorted(ours, key=lambda row: float(row["density"]))
+    for row in ours:
         share = f"{float(row['density']):.0%}"
         for axes, column in ((time, "ms_p50"), (speed, "vs_fa3_paged")):
             if not row[column]:
@@ -70,10 +71,10 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
         point = (float(row["density"]), float(row["rel_error"]))
         error.plot(*point, "o", color=COLOURS["s2o"])
         name = f"{int(row['seq_len']) // 1024}K"
-        apart = (6, 4 if number % 2 else -10)  # neighbours lie close
-        error.annotate(name, point, xytext=apart, textcoords="offset points", fontsize=8)
+        apart = (0, 6 if by_density.index(row) % 2 else -14)  # neighbours lie close
+        error.annotate(name, point, xytext=apart, textcoords="offset points", fontsize=8, ha="center")
     for provider in PEERS:
-        if not (theirs := first(rows, provider)):
+        if not (theirs := latest(rows, provider)):
             continue
         look = dict(color=COLOURS[provider], label=LABELS[provider])
         time.plot([int(r["seq_len"]) for r in theirs], [float(r["ms_p50"]) for r in theirs], "x", **look)
