@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bench_modules import latency, main, needles, record, servers
-from processes import ROOT
+from processes import ROOT, without
 
 from vllm_s2o.cli import vllm_bench
 from vllm_s2o.config import ModelTraits, load_config
@@ -41,7 +41,8 @@ def test_commands_of_the_readme_are_understood(program, line, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("would measure")
     # All is looked at before the GPU is.
-    done = subprocess.run([sys.executable, ROOT / program, *words], capture_output=True, text=True)
+    environment = without("PYTHONSAFEPATH")  # which `make test` sets, and which hides what stands beside a script
+    done = subprocess.run([sys.executable, ROOT / program, *words], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "attention.py needs a CUDA device.\n")
 
 
