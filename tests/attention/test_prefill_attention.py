@@ -119,16 +119,16 @@ def test_the_end_of_a_prompt_attends_to_everything(implementation, rule):
 @pytest.mark.parametrize("implementation", ["naive", *IMPLEMENTATIONS])
 def test_thresholds_fall_with_the_history(implementation):
     """Each segment is what a threshold of its own would make of it."""
-    case = make_case([400], [400])
+    case = make_case([250], [250])
     params = SPARSE.model_copy(update={"threshold": (0.2, 0.5, 0.0, 0.8)})
     fixed = prefill_attention(**case.arguments, params=params, implementation=implementation)
     falling = params.model_copy(update={"reference_len": 100})
     out = prefill_attention(**case.arguments, params=falling, implementation=implementation)
-    assert torch.equal(out[:128], fixed[:128]) and not torch.equal(out[192:], fixed[192:])
-    for history in range(0, 400, 64):
+    assert torch.equal(out[:128], fixed[:128]) and not torch.equal(out[128:], fixed[128:])
+    for history in range(0, 250, 64):
         share = threshold_share(history, 100) / WHOLE
         assert share == (1 if history < 100 else pytest.approx(100 / history, rel=1e-4))
-        rows = slice(history, min(history + 64, 400))
+        rows = slice(history, min(history + 64, 250))
         starts, length = torch.tensor([0, rows.stop - history]), torch.tensor([rows.stop])
         same = prefill_attention(
             **case.arguments | {"query": case.query[rows], "query_start_loc": starts.int().to(DEVICE),
