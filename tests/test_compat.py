@@ -397,4 +397,4 @@ def test_layers_whose_sequences_are_cut_up_are_dense():
 
     assert compat.builder_problem(Ours, Ours) is None
     reason = compat.builder_problem(ChunkedLocalAttentionBuilder, Ours)
-    assert reason == "sequences are cut up before attention (ChunkedLocalAttentionBuilder)"
+    assert reason == "vLLM changes what its layers are told of sequences (ChunkedLocalAttentionBuilder)"

@@ -27,7 +27,7 @@ ALLOWED: dict[type[BaseModel], dict[str, str]] = {
     },
     S2OParams: {
         "threshold": f"{_TAU}, or a list of these, one per query head",
-        "reference_len": f"a whole number from 1 to {2**24}, or null",
+        "reference_len": f"a whole number from 1 to {2**24}",
         "segment_len": "a positive multiple of tile_size up to 65536",
         **dict.fromkeys(("tile_size", "key_block", "num_classes"), _POWER),
         "stop_interval": "a whole number from 1 to 64",

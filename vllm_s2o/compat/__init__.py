@@ -278,10 +278,10 @@ def is_draft_layer(impl, layer) -> bool:
 def builder_problem(builder: type, ours: type) -> str | None:
     """Why the layers of a builder that vLLM derives from ours are dense, or None where it is ours.
 
-    Chunked local attention is made so: the derived builder cuts each sequence into short ones and shows those to ours,
-    whose rows then are no longer the requests, and whose lengths are no longer theirs.
+    Such a builder tells ours something else than the requests: that of chunked local attention cuts each sequence into
+    short ones, which then have neither the rows of the requests nor their lengths.
     """
-    return None if builder is ours else f"sequences are cut up before attention ({builder.__name__})"
+    return None if builder is ours else f"vLLM changes what its layers are told of sequences ({builder.__name__})"
 
 
 def longest_decode(vllm_config) -> int:
