@@ -109,6 +109,20 @@ def test_hazards_that_a_barrier_orders_are_told_apart(tmp_path, hazards, counted
         assert f"{errors} hazards, 0 of them unknown, 0 not shown" in written
 
 
+@pytest.mark.parametrize(("lines", "fine"), [(VERDICT, True), (RING, False)], ids=["seen above", "never seen"])
+def test_sums_of_hazards_are_of_hazards_that_were_seen(tmp_path, lines, fine):
+    first, second = lines
+    race = (
+        f"========= Error: Race reported between Read access at _attend+0x180 in hopper.py:{second}\n"
+        f"=========     and Write access at _attend+0x10ef0 in hopper.py:{first} [1 hazards]"
+    )
+    summary = "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)"
+    done = sanitize(tmp_path, "racecheck", "\n".join([hazard(*VERDICT), race, summary]), 9)
+    written = (tmp_path / "out.txt").read_text()
+    assert done.returncode == (0 if fine else 1), written
+    assert f"2 hazards, {0 if fine else 1} of them unknown, 0 not shown" in written
+
+
 def test_without_a_sanitizer_it_says_what_it_needs(tmp_path):
     done = sanitize(tmp_path, COMPUTE_SANITIZER="", PATH="/usr/bin:/bin", CUDA_HOME=str(tmp_path))
     assert done.returncode == 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import DEVICE, by_rows, make_case
 
-from vllm_s2o import S2OParams, attention, prefill_attention
+from vllm_s2o import S2OParams, arguments, attention, prefill_attention
 
 IMPLEMENTATIONS = ["naive", "triton", "cuda"] if DEVICE.type == "cuda" else ["naive", "cpu", "triton"]
 # On a GPU, what the kernels for Hopper take.
@@ -58,7 +58,7 @@ def test_caches(case, implementation, dim, name):
 def test_queries(case, implementation, dim):
     """As far as rows of a batch of a million tokens lie."""
     query = spread(case.query, **far(case.query, dim))
-    assert dim or query.stride(0) > attention.MAX_ROW_STRIDE
+    assert dim or query.stride(0) > arguments.MAX_ROW_STRIDE
     check(case, implementation, query=query)
 
 
@@ -128,5 +128,5 @@ def test_what_the_kernels_do_not_count_is_refused(case):
 
 
 def test_a_tiles_pairs_fit_32_bits():
-    assert 128 * attention.MAX_SEQ_LEN < 2**31
-    assert 127 * attention.MAX_ROW_STRIDE + 256 < 2**31
+    assert 128 * arguments.MAX_SEQ_LEN < 2**31
+    assert 127 * arguments.MAX_ROW_STRIDE + 256 < 2**31

@@ -9,7 +9,6 @@ import pytest
 import torch
 from processes import ROOT, run
 
-from vllm_s2o import model as models
 from vllm_s2o.quality import frontier as module
 from vllm_s2o.quality.capture import CaptureError, attention_inputs, open_model
 from vllm_s2o.quality.curves import at_density
@@ -185,18 +184,6 @@ def test_bad_input_is_told_in_a_sentence(checkpoint, tmp_path, changes, error, s
     with pytest.raises(error) as caught:
         run_small(checkpoint, tmp_path / "frontier.csv", **changes)
     assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_name_that_is_no_model_is_told_at_once(tmp_path, monkeypatch):
-    """In the words of the other commands: transformers would ask the network for half a minute."""
-    monkeypatch.setattr(models, "_reachable", lambda host: False)
-    with pytest.raises(models.ConfigError) as words:
-        models.read("nomodel")
-    monkeypatch.setattr(sys, "argv", ["frontier", "nomodel", "--out", str(tmp_path / "a.csv")])
-    with pytest.raises(SystemExit) as caught:
-        module.main()
-    assert caught.value.code == f"frontier: {words.value}"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -18,6 +18,7 @@ from vllm_s2o import compat, stats
 from vllm_s2o.compat import requests
 from vllm_s2o.metrics import switch
 from vllm_s2o.metrics.figures import DENSE, SPARSE, Prompt, Recorder
+from vllm_s2o.plan import causal_pairs
 
 UNKNOWN = "unknown"
 """The reason of tokens whose path nobody noted."""
@@ -40,11 +41,6 @@ class _Step:
     """Sparse tokens of rows whose requests are not known."""
     heads: dict[Any, int] = field(default_factory=dict)
     """By group of layers: heads of those that may be sparse."""
-
-
-def _causal_pairs(before: int, tokens: int) -> int:
-    """For one head: (query, key) pairs of new tokens with all that is before each, and with itself."""
-    return tokens * before + tokens * (tokens + 1) // 2
 
 
 class Prompts:
@@ -159,7 +155,7 @@ class Prompts:
                 counts[path, reason or ""] = counts.get((path, reason or ""), 0) + count
             if not step.unnamed or prompt.request_id in step.paths:  # else nobody knows what of it was skipped
                 with self._lock:
-                    prompt.causal += heads * _causal_pairs(prompt.computed, tokens)
+                    prompt.causal += heads * causal_pairs(tokens, prompt.computed + tokens)
             prompt.computed += tokens
             if prompt.computed >= prompt.length:
                 self._computing.pop(prompt.request_id, None)

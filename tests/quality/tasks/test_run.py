@@ -7,7 +7,6 @@ import sys
 import pytest
 from fake_api import FakeApi
 
-from vllm_s2o import model as models
 from vllm_s2o.quality.tasks import backends, client, command, longbench, run, suite, table
 from vllm_s2o.quality.tasks.answers import Answers
 from vllm_s2o.quality.tasks.backends import Backend
@@ -393,18 +392,6 @@ def test_bad_arguments_are_told_in_a_sentence(checkpoint, tmp_path, monkeypatch,
         command.main()
     assert said in f"{caught.value.code} {capsys.readouterr().err}"
     assert not (tmp_path / "a.csv").exists()
-
-
-def test_a_name_that_is_no_model_is_told_at_once(tmp_path, monkeypatch):
-    """In the words of the other commands: transformers would ask the network for half a minute."""
-    monkeypatch.setattr(models, "_reachable", lambda host: False)
-    with pytest.raises(models.ConfigError) as words:
-        models.read("nomodel")
-    monkeypatch.setattr(sys, "argv", ["tasks", "nomodel", "--out", str(tmp_path / "a.csv")])
-    with pytest.raises(SystemExit) as caught:
-        command.main()
-    assert caught.value.code == f"tasks: {words.value}"
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_server_that_does_not_come_up_is_told_in_a_sentence(checkpoint, tmp_path, monkeypatch):
