@@ -36,6 +36,8 @@ def test_the_file_has_what_was_found(checkpoint, calibrated):
     assert config.calibrated and "max_relative_error=0.1" in config.provenance
     assert not list(out.parent.glob("*.parts.jsonl")), "nothing is left beside it"
     written = yaml.safe_load(out.read_text())["provenance"]["calibration"]
+    # Searched at this length, thresholds fall for longer prompts.
+    assert config.params.reference_len == written["tokens"]
     assert written["texts"] == ["prose"] and written["tokens"] == TOKENS
     assert len(written["layer_density"]) == len(found.layers) == config.traits.num_layers
     group = config.traits.num_heads // config.traits.num_kv_heads
