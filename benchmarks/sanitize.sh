@@ -32,7 +32,7 @@ report=$(mktemp) told=$(mktemp)
 trap 'rm -f "$report" "$told"' EXIT
 {
     "$PYTHON" -P -c 'import torch, triton; print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")'
-    echo "commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown), $("$tool" --version | tail -1)"
+    echo "commit $(git rev-parse --short HEAD 2>/dev/null || echo "${S2O_COMMIT:-unknown}"), $("$tool" --version | tail -1)"
 } >"$report"
 for check in memcheck racecheck; do
     options=(--tool "$check" --error-exitcode 9 --print-limit 20)
