@@ -3,20 +3,14 @@
 Engines that share requests are in tests/serving/test_metrics.py.
 """
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import engines
 import pytest
 import torch
+from engine_processes import run
 from engines import EXACT, agree, tokens
-from processes import CHANGED, ROOT, python_path, without
 
 from vllm_s2o.step_log import prefills
 
-PROGRAM = ROOT / "tests" / "helpers" / "engine_program.py"
 PROMPTS = [tokens(700, 1), tokens(40, 2), tokens(400, 3)]
 # All of a layer stops as soon as it may, and one head of another: no gain is near such a threshold.
 EARLY = 0.99
@@ -31,31 +25,12 @@ LAYOUTS = {
         **({"enforce_eager": False, "compilation_config": {"mode": 1, "backend": "eager"}} if engines.CPU else {}),
     },
 }
-ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-if engines.CPU:
-    ENVIRONMENT |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-else:
-    # NCCL's plain paths alone: no memory of several GPUs under one address, which not every host lets a guest have.
+if not engines.CPU:
     LAYOUTS["tensor"]["disable_custom_all_reduce"] = True
-    ENVIRONMENT |= {
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
-        "VLLM_ALLREDUCE_USE_FLASHINFER": "0", "NCCL_NVLS_ENABLE": "0", "NVSHMEM_DISABLE_NVLS": "1",
-        "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-    }  # fmt: skip
 
 pytestmark = pytest.mark.skipif(
     not engines.CPU and torch.accelerator.device_count() < 2, reason="needs two GPUs, or a CPU"
 )
-
-
-def run(options: dict, cwd: Path) -> tuple[list, str]:
-    """What a program writes of its engine, and its log."""
-    asked = {"options": options, "prompts": PROMPTS, "generated": 4}
-    environment = without(*CHANGED) | ENVIRONMENT | {"PYTHONPATH": python_path(PROGRAM.parent)}
-    command = [sys.executable, "-P", PROGRAM, json.dumps(asked), cwd / "found.json"]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-    return json.loads((cwd / "found.json").read_text()), done.stdout + done.stderr
 
 
 def in_this_process(llama, overrides) -> list[engines.Said]:
@@ -101,7 +76,7 @@ def test_layouts(layout, llama, alone, others, tmp_path):
     prompts are up to 0.037 apart then, where other thresholds are 0.45 apart and more. What runs dense is 0.006 apart.
     """
     options = engines.options(llama, {**EXACT, "layers": OVERRIDES}, **LAYOUTS[layout])
-    (answers, tokens_by_path, visited, causal), log = run(options, tmp_path)
+    (answers, tokens_by_path, visited, causal), log = run(options, PROMPTS, tmp_path)
     ours = [engines.Said(*answer) for answer in answers]
     if engines.CPU or layout == "pipeline":
         agree(ours, alone)
