@@ -1,6 +1,7 @@
 """The pages of docs/: what they link and name is there. Their `vllm-s2o` commands run in tests/cli/test_command.py."""
 
 import re
+import shlex
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from processes import ROOT
 
 from vllm_s2o import config_reference
 from vllm_s2o.quality import tasks
+from vllm_s2o.quality.tasks import command, infinitebench
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TEXTS = {page.name: page.read_text() for page in PAGES}
@@ -45,3 +47,10 @@ def test_the_command_for_tasks_has_help():
     assert any("python -P -m vllm_s2o.quality.tasks --help" in text for text in TEXTS.values())
     told = subprocess.run([sys.executable, "-P", "-m", tasks.__name__, "--help"], capture_output=True, text=True)
     assert told.stdout.startswith("usage:"), told.stderr
+
+
+def test_the_command_for_downloaded_samples_is_understood():
+    """How it is asked is in tests/quality/tasks, on two samples of each format."""
+    (line,) = re.findall(rf"-m {tasks.__name__} (.+--infinitebench.+)", (ROOT / "README.md").read_text())
+    args = command.parser().parse_args(shlex.split(line))
+    assert args.longbench_v2 and {path.stem for path in args.infinitebench} <= infinitebench.RULES.keys()
