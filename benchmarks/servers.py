@@ -98,6 +98,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
+# Twice the context, by twice the factor: no such model was released, and nothing but its dimensions counts here.
+SHAPES["llama-3.1-8b-256k"] = SHAPES["llama-3.1-8b"] | {
+    "max_position_embeddings": 262144,
+    "rope_scaling": SHAPES["llama-3.1-8b"]["rope_scaling"] | {"factor": 16.0},
+}
+
 
 def write_shape(shape: str, tokenizer_from: Path, directory: Path) -> Path:
     """A checkpoint directory without weights: a config, and the tokenizer of another model."""
