@@ -44,12 +44,10 @@ class S2O:
         p = self.problem
         stage = attention.stages(self.implementation, p.query.device)
         for tables in self.plan.waves:
-            slots = stage.rank_keys(
+            stage.rank_keys(
                 p.query, p.key_cache, p.block_table, tables.segments, tables.wave.num_slots, self.params.num_classes,
                 max_history=tables.wave.max_history, groups=tables.groups, workspace=self.workspace,
             )  # fmt: skip
-            if self.params.query_order == "guide":
-                stage.order_queries(p.query, p.key_cache, tables.segments, slots, self.params.segment_len)
 
     @property
     def causal(self) -> int:

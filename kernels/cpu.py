@@ -10,9 +10,7 @@ import math
 import torch
 
 from . import naive
-from .naive import HISTORY, NUM_QUERIES, QUERY_POS, QUERY_ROW, SEQ, VISIT_LIMIT, order_queries
-
-__all__ = ["attend", "order_queries", "rank_keys"]
+from .naive import HISTORY, NUM_QUERIES, QUERY_POS, QUERY_ROW, SEQ, VISIT_LIMIT
 
 KEYS = 512
 """Keys at a time: what is held must not grow with the square of the segment, nor with the steps of a long history."""
@@ -49,8 +47,8 @@ def rank_keys(
 
 
 def attend(
-    query, key_cache, value_cache, block_table, segments, tiles, slots, order, thresholds, out,
-    *, scale: float, key_block: int, stop_interval: int, stop_rule: str, value_scale: float = 1.0, **_device_only,
+    query, key_cache, value_cache, block_table, segments, tiles, slots, thresholds, out,
+    *, scale: float, key_block: int, stop_interval: int, value_scale: float = 1.0, **_device_only,
 ) -> torch.Tensor:  # fmt: skip
     """`naive.attend`. Returns the visited pairs, [num_tiles, num_heads] int64."""
     num_heads = query.shape[1]
@@ -66,12 +64,9 @@ def attend(
         dense = shares == 0
         for kv_head in range(num_kv_heads):
             heads = slice(kv_head * group, (kv_head + 1) * group)
-            ranks = torch.arange(segment[NUM_QUERIES]).expand(group, -1)
-            if order is not None:
-                ranks = order[index, heads, : segment[NUM_QUERIES]].long()
             # Nothing gains less than 0: a dense tile never stops.
             rules = (thresholds[heads, None] * (shares / naive.WHOLE)).flatten()
-            stacked = _Segment(query, segment, heads, ranks, firsts, counts, rules, scale, stop_rule)
+            stacked = _Segment(query, segment, heads, firsts, counts, rules, scale)
             _inside(stacked, key_cache, value_cache, block_table, segment, kv_head)
             ranking, limit = naive.ranking_of(slots, segment, kv_head), segment[VISIT_LIMIT]
             every = torch.arange(len(rules))
@@ -87,19 +82,18 @@ def attend(
 class _Segment:
     """The tiles of one segment and KV head, stacked: [tiles of all heads of the group, rows, ...]."""
 
-    def __init__(self, query, segment, heads, ranks, firsts, counts, thresholds, scale, stop_rule):
+    def __init__(self, query, segment, heads, firsts, counts, thresholds, scale):
         self.rows = max(counts)
-        self.stop_rule = stop_rule
         self.history = segment[HISTORY]
-        group, tiles = ranks.shape[0], len(counts)
-        # Padding rows repeat the tile's last row and are left out of the stop test and of the output.
+        group, tiles = heads.stop - heads.start, len(counts)
+        # Padding rows repeat the tile's last row, so that they gain what it gains, and are left out of the output.
         within = torch.arange(self.rows)
         count = torch.tensor(counts)
         place = torch.tensor(firsts)[:, None] + torch.minimum(within, count[:, None] - 1)  # [tiles, rows]
         self.valid = (within < count[:, None]).repeat(group, 1)  # [group * tiles, rows]
-        chosen = ranks[:, place]  # [group, tiles, rows]
-        self.row = segment[QUERY_ROW] + chosen.flatten(0, 1)
-        self.position = segment[QUERY_POS] + chosen.flatten(0, 1)
+        place = place.repeat(group, 1)  # [group * tiles, rows]
+        self.row = segment[QUERY_ROW] + place
+        self.position = segment[QUERY_POS] + place
         self.head = torch.arange(heads.start, heads.stop).repeat_interleave(tiles)[:, None]
         self.q = query[self.row, self.head].float() * scale
         self.threshold = thresholds
@@ -127,9 +121,8 @@ class _Segment:
     def still_gaining(self, active: torch.Tensor, m: torch.Tensor, l: torch.Tensor, blocks: int) -> torch.Tensor:
         """Whose last step of some key blocks gained enough; m and l are the active tiles' before it."""
         gain = 1 - l * torch.exp(m - self.m[active]) / self.l[active]
-        gain = gain.nan_to_num(0).clamp(min=0) / blocks * self.valid[active]
-        judged = gain.amax(1) if self.stop_rule == "worst_row" else gain.sum(1) / self.valid[active].sum(1)
-        return judged >= self.threshold[active]
+        gain = gain.nan_to_num(0).clamp(min=0) / blocks
+        return gain.amax(1) >= self.threshold[active]
 
     def write(self, out: torch.Tensor, value_scale: float) -> None:
         result = torch.where(self.l[..., None] > 0, self.acc / self.l[..., None], self.l[..., None] * 0)

@@ -10,7 +10,6 @@ import torch
 import triton
 
 from . import prefill, rank
-from .rank import order_queries
 
 _missing: str | None
 try:
@@ -21,7 +20,7 @@ except (ImportError, AttributeError) as error:  # Gluon's names move between ver
 else:
     _missing = None
 
-__all__ = ["attend", "describe", "give_up", "order_queries", "rank_keys", "uses_gluon"]
+__all__ = ["attend", "describe", "give_up", "rank_keys", "uses_gluon"]
 
 
 def give_up(reason: str) -> None:
@@ -49,8 +48,7 @@ def describe(
     # Tensors of the model's kind, as small as they can be: the choice looks at nothing else of a problem.
     query = torch.empty(1, num_kv_heads, head_size, dtype=dtype, device=device)
     keys = torch.empty(1, 16, num_kv_heads, head_size, dtype=cache or dtype, device=device)
-    ordered = params.query_order == "guide"
-    why = hopper.unsuitable(query, keys, keys, ordered, params.tile_size, params.key_block * params.stop_interval)
+    why = hopper.unsuitable(query, keys, keys, params.tile_size, params.key_block * params.stop_interval)
     attention = "in Gluon" if why is None else f"in Triton ({why})"
     ranking = "in Gluon" if params.num_classes == vote.CLASSES else f"in Triton (num_classes={params.num_classes})"
     return f"attention {attention}, ranking {ranking}"
@@ -63,11 +61,11 @@ def rank_keys(query, key_cache, block_table, segments, num_slots: int, num_class
     return rank.rank_keys(query, key_cache, block_table, segments, num_slots, num_classes, **sizes)
 
 
-def attend(query, key_cache, value_cache, block_table, segments, tiles, slots, order, *args, **rules) -> torch.Tensor:
+def attend(query, key_cache, value_cache, block_table, segments, tiles, slots, *args, **rules) -> torch.Tensor:
     """`prefill.attend`."""
     kernel: ModuleType = prefill
     interval = rules["key_block"] * rules["stop_interval"]
-    problem = (query, key_cache, value_cache, order is not None, rules["tile_size"], interval)
+    problem = (query, key_cache, value_cache, rules["tile_size"], interval)
     if uses_gluon() and hopper.unsuitable(*problem) is None:
         kernel = hopper
-    return kernel.attend(query, key_cache, value_cache, block_table, segments, tiles, slots, order, *args, **rules)
+    return kernel.attend(query, key_cache, value_cache, block_table, segments, tiles, slots, *args, **rules)

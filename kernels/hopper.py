@@ -132,9 +132,9 @@ def _finish(
 
 
 @gluon.jit
-def _judge(gain, verdict, met, round, half, HALVES: gl.constexpr, WORST_ROW: gl.constexpr):
+def _judge(gain, verdict, met, round, half, HALVES: gl.constexpr):
     """The tile's gain, from those of its halves: a half leaves its own and waits for the other's."""
-    mine = gl.max(gain, 0) if WORST_ROW else gl.sum(gain, 0)
+    mine = gl.max(gain, 0)
     if HALVES == 1:
         return mine
     one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -144,7 +144,7 @@ def _judge(gain, verdict, met, round, half, HALVES: gl.constexpr, WORST_ROW: gl.
     mbarrier.wait(met, round & 1)
     first = verdict.index(side).load(one).item()
     second = verdict.index(side + 1).load(one).item()
-    return gl.maximum(first, second) if WORST_ROW else first + second
+    return gl.maximum(first, second)
 
 
 @gluon.jit
@@ -152,7 +152,7 @@ def _visit(
     half, queries, Out, Report, Thresholds, num_heads, stride_o_token, stride_o_head, scale,
     buffers, barriers, tasks, task_full, task_free, verdict, met,
     D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
-    UNIT: gl.constexpr, INTERVAL: gl.constexpr, WORST_ROW: gl.constexpr,
+    UNIT: gl.constexpr, INTERVAL: gl.constexpr,
 ):  # fmt: skip
     """Both passes for one half of each tile."""
     one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -212,10 +212,8 @@ def _visit(
         going = True
         while going:
             s, before = _begin(q, p, acc, i, buffers, barriers, MMA, P, BLOCK, STAGES)
-            judged = _judge(gain, verdict, met, round, half, HALVES, WORST_ROW)
+            judged = _judge(gain, verdict, met, round, half, HALVES)
             round += 1
-            if not WORST_ROW:
-                judged = judged / rows
             # The last whole blocks may be too few for a step: what is left belongs to them.
             gains = (judged >= threshold) | cut
             going = gains & (done < num_whole)
@@ -288,7 +286,7 @@ def _attend(
     stride_q_token, stride_q_head, stride_block, stride_token, stride_k_head, stride_v_head,
     stride_o_token, stride_o_head, stride_table, scale,
     PAGE: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, HALVES: gl.constexpr, BLOCK: gl.constexpr,
-    UNIT: gl.constexpr, INTERVAL: gl.constexpr, WORST_ROW: gl.constexpr, STAGES: gl.constexpr,
+    UNIT: gl.constexpr, INTERVAL: gl.constexpr, STAGES: gl.constexpr,
     VISIT_REGISTERS: gl.constexpr, GATHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = Query.dtype.element_ty
@@ -334,7 +332,7 @@ def _attend(
                     (
                         0, queries, Out, Report, Thresholds, num_heads, stride_o_token, stride_o_head, scale,
                         buffers, barriers, tasks, task_full, task_free, verdict, met,
-                        D, BLOCK, STAGES, HALVES, UNIT, INTERVAL, WORST_ROW,
+                        D, BLOCK, STAGES, HALVES, UNIT, INTERVAL,
                     ),
                 ),
                 (
@@ -358,7 +356,7 @@ def _attend(
                     (
                         0, queries, Out, Report, Thresholds, num_heads, stride_o_token, stride_o_head, scale,
                         buffers, barriers, tasks, task_full, task_free, verdict, met,
-                        D, BLOCK, STAGES, HALVES, UNIT, INTERVAL, WORST_ROW,
+                        D, BLOCK, STAGES, HALVES, UNIT, INTERVAL,
                     ),
                 ),
                 (
@@ -366,7 +364,7 @@ def _attend(
                     (
                         1, queries, Out, Report, Thresholds, num_heads, stride_o_token, stride_o_head, scale,
                         buffers, barriers, tasks, task_full, task_free, verdict, met,
-                        D, BLOCK, STAGES, HALVES, UNIT, INTERVAL, WORST_ROW,
+                        D, BLOCK, STAGES, HALVES, UNIT, INTERVAL,
                     ),
                 ),
                 (
@@ -397,7 +395,7 @@ class Launch(NamedTuple):
     """How many share the tiles; 0: one a multiprocessor."""
 
 
-def unsuitable(query, key_cache, value_cache, ordered: bool, tile_size: int, interval: int) -> str | None:
+def unsuitable(query, key_cache, value_cache, tile_size: int, interval: int) -> str | None:
     """Why this kernel cannot take such a problem and `prefill.attend` must, or None.
 
     Args:
@@ -411,8 +409,6 @@ def unsuitable(query, key_cache, value_cache, ordered: bool, tile_size: int, int
         return f"{query.dtype}"
     if query.shape[2] not in (64, 128):
         return f"head size {query.shape[2]}"
-    if ordered:
-        return "queries in another order"
     if tile_size not in (64, 128):
         return f"tile_size={tile_size}"
     if interval % 32:  # blocks are whole between two tests; smaller ones were never run
@@ -434,8 +430,8 @@ def unsuitable(query, key_cache, value_cache, ordered: bool, tile_size: int, int
 
 
 def attend(
-    query, key_cache, value_cache, block_table, segments, tiles, slots, order, thresholds, out,
-    *, scale: float, key_block: int, stop_interval: int, stop_rule: str, tile_size: int, value_scale: float = 1.0,
+    query, key_cache, value_cache, block_table, segments, tiles, slots, thresholds, out,
+    *, scale: float, key_block: int, stop_interval: int, tile_size: int, value_scale: float = 1.0,
     options: Launch | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`prefill.attend` for what is not `unsuitable`, and a value_scale of 1."""
@@ -455,14 +451,13 @@ def attend(
         out.stride(0), out.stride(1), block_table.stride(0), scale * LOG2E,
         PAGE=block_size, GROUP=num_heads // num_kv_heads, D=head_size, HALVES=halves,
         BLOCK=math.gcd(key_block * stop_interval, options.block), UNIT=key_block, INTERVAL=stop_interval,
-        WORST_ROW=stop_rule == "worst_row", STAGES=options.num_stages,
-        VISIT_REGISTERS=options.visit_registers, GATHER_REGISTERS=options.gather_registers, num_warps=4,
+        STAGES=options.num_stages, VISIT_REGISTERS=options.visit_registers,
+        GATHER_REGISTERS=options.gather_registers, num_warps=4,
         # The warps of all roles start with equal shares.
         maxnreg=min(65536 // (128 * (halves + 1)) // 8 * 8, 248),
     )  # fmt: skip
     attend_marked(
-        query, key_cache, value_cache, block_table, segments, tiles, slots, None, thresholds, out, report,
-        scale=scale, value_scale=value_scale, key_block=key_block, stop_interval=stop_interval, stop_rule=stop_rule,
-        tile_size=tile_size,
+        query, key_cache, value_cache, block_table, segments, tiles, slots, thresholds, out, report,
+        scale=scale, value_scale=value_scale, key_block=key_block, stop_interval=stop_interval, tile_size=tile_size,
     )  # fmt: skip
     return report[..., 0]

@@ -8,7 +8,6 @@ A stage has the same name and arguments here, in `cpu.py` and in the Triton file
     segments       [num_segments, 7] int32, the columns of `plan.Segment`
     tiles          [num_tiles, 4] int32, the columns of `plan.Tile`
     slots          [num_slots] int32: the rankings, one behind the other (`plan.Segment.offset`)
-    order          [num_segments, num_heads, segment_len] int32, or None for the order of positions
     thresholds     [num_heads] fp32
 
 Arguments that only the device needs (sizes known to the host, workspace) are accepted and ignored here.
@@ -28,9 +27,6 @@ SEQ, QUERY_ROW, QUERY_POS, NUM_QUERIES, HISTORY, VISIT_LIMIT, OFFSET = range(7)
 
 # A tile has so many of this many parts of the thresholds: all where they hold as given, none where it never stops.
 WHOLE = 1 << 16
-
-# A query order needs one guide vector per segment and KV head: the mean of its best keys.
-NUM_GUIDE_KEYS = 256
 
 # Scores are brought into this range before they are compared, so that NaN and Inf keep the ranking a permutation
 # and squares stay finite. What is not inside it, of queries as of scores, has no say in how the others are ranked.
@@ -138,28 +134,6 @@ def rank_keys(
     return slots
 
 
-def order_queries(query, key_cache, segments, slots, segment_len: int) -> torch.Tensor:
-    """Step 2: the queries of each segment by their product with a guide vector, highest first.
-
-    The guide is the mean of the best-ranked keys of the segment's history. Entries beyond the
-    segment's queries are unused. A segment without a history keeps the order of positions.
-    """
-    num_heads, num_kv_heads = query.shape[1], key_cache.shape[2]
-    order = torch.arange(segment_len, dtype=torch.int32, device=query.device).repeat(len(segments), num_heads, 1)
-    for index, segment in enumerate(segments.tolist()):
-        rows = slice(segment[QUERY_ROW], segment[QUERY_ROW] + segment[NUM_QUERIES])
-        if not segment[HISTORY]:
-            continue
-        for head in range(num_heads):
-            kv_head = head * num_kv_heads // num_heads
-            best = ranking_of(slots, segment, kv_head)[:NUM_GUIDE_KEYS]
-            guide = read_rows(key_cache, best, kv_head).mean(0)
-            products = query[rows, head].float() @ guide
-            products = products.nan_to_num(nan=torch.finfo(torch.float32).min, neginf=-math.inf)
-            order[index, head, : segment[NUM_QUERIES]] = products.argsort(descending=True, stable=True).int()
-    return order
-
-
 def weighted(weights: torch.Tensor, values: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     """weights [rows, keys] times values [keys, head_size]; a value that is not finite is for rows that see its key
     only.
@@ -201,23 +175,20 @@ def attend(
     segments,
     tiles,
     slots,
-    order,
     thresholds,
     out,
     *,
     scale: float,
     key_block: int,
     stop_interval: int,
-    stop_rule: str,
     value_scale: float = 1.0,
     **_device_only,
 ) -> torch.Tensor:
     """Steps 4 and 5: dense causal attention inside the segment, then the ranked history until the gain is small.
 
     After each step of `step_blocks` key blocks the marginal gain of a row is taken: the mass that these blocks
-    added, relative to the accumulated mass, per block. The tile stops once no row ("worst_row"), or
-    not the mean over its rows ("mean_row"), gains the tile's share of `threshold` any more. Tiles whose share is 0
-    visit all.
+    added, relative to the accumulated mass, per block. The tile stops once none of its rows gains the tile's share of
+    `threshold` any more. Tiles whose share is 0 visit all.
 
     Writes `out`, shaped like query; returns the pairs visited, [num_tiles, num_heads] int64.
 
@@ -232,14 +203,13 @@ def attend(
         segment = segments[seg].tolist()
         for head in range(num_heads):
             kv_head = head * num_kv_heads // num_heads
-            ranks = torch.arange(first, first + rows, device=query.device)
-            chosen = ranks if order is None else order[seg, head, ranks].long()
-            q = query[segment[QUERY_ROW] + chosen, head].float() * scale
-            positions = segment[QUERY_POS] + chosen
+            places = torch.arange(first, first + rows, device=query.device)
+            q = query[segment[QUERY_ROW] + places, head].float() * scale
+            positions = segment[QUERY_POS] + places
             softmax = Softmax(rows, head_size, query.device)
 
             # Pass 1: the segment itself.
-            keys = torch.arange(segment[HISTORY], int(positions.max()) + 1, device=query.device)
+            keys = torch.arange(segment[HISTORY], int(positions[-1]) + 1, device=query.device)
             inside = slots_of(block_table, segment[SEQ], keys, block_size)
             logits = q @ read_rows(key_cache, inside, kv_head).T
             logits = logits.masked_fill(keys[None, :] > positions[:, None], -math.inf)
@@ -258,10 +228,9 @@ def attend(
                 seen += len(now)
                 gain = 1 - mass * torch.exp(m - softmax.m) / softmax.l
                 gain = gain.nan_to_num(0).clamp(min=0) / -(-len(now) // key_block)
-                judged = gain.max() if stop_rule == "worst_row" else gain.mean()
-                if judged < thresholds[head] * (share / WHOLE):
+                if gain.max() < thresholds[head] * (share / WHOLE):
                     break
-            out[segment[QUERY_ROW] + chosen, head] = (softmax.output() * value_scale).to(out.dtype)
+            out[segment[QUERY_ROW] + places, head] = (softmax.output() * value_scale).to(out.dtype)
             visited[index, head] = pairs + seen * rows
     return visited
 

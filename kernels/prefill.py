@@ -101,13 +101,13 @@ def _visit(
 @triton.jit
 def _tile(
     head, tile, num_heads,
-    Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Report,
+    Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Thresholds, Out, Report,
     stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
     stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head, stride_table,
     scale, value_scale,
     PAGE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, INTERVAL: tl.constexpr, WORST_ROW: tl.constexpr,
-    ORDERED: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr, PARTS: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, INTERVAL: tl.constexpr, PRECISION: tl.constexpr,
+    CAREFUL: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of one head."""
     kv_head = head // GROUP
@@ -121,14 +121,9 @@ def _tile(
 
     i = tl.arange(0, TILE)
     valid = i < rows
-    rank = first + i
-    if ORDERED:
-        rank = tl.load(Order + (segment * num_heads + head) * S + rank, mask=valid, other=0)
-        end = query_pos + tl.load(Segments + segment * 7 + 3)
-    else:
-        end = query_pos + first + rows
-    row = (query_row + rank).to(tl.int64)
-    position = query_pos + rank
+    end = query_pos + first + rows
+    row = (query_row + first + i).to(tl.int64)
+    position = query_pos + first + i
     d = tl.arange(0, BLOCK_D)
     INSIDE: tl.constexpr = BLOCK_D == D
     inside = (d < D)[None, :]
@@ -194,9 +189,8 @@ def _tile(
         gain = 1 - l_before * tl.exp2((m_before - m) * scale if CAREFUL else m_before - m) / l
         # A NaN row gains nothing, rounding must not look like a loss, and rows that pad the tile have no say.
         gain = tl.where((gain > 0) & valid, gain, 0.0) / tl.cdiv(until - seen, UNIT)
-        judged = tl.max(gain, 0) if WORST_ROW else tl.sum(gain, 0) / rows
         seen = until
-        going = (judged >= threshold) & (seen < limit)
+        going = (tl.max(gain, 0) >= threshold) & (seen < limit)
 
     out = tl.where(l[:, None] > 0, acc / l[:, None], l[:, None] * 0) * value_scale
     tl.store(
@@ -213,33 +207,32 @@ def _tile(
 
 @triton.jit(do_not_specialize=["stride_table"])
 def _attend(
-    Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Report,
+    Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Thresholds, Out, Report,
     stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
     stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head, stride_table,
     scale, value_scale,
     PAGE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, INTERVAL: tl.constexpr, WORST_ROW: tl.constexpr,
-    ORDERED: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, INTERVAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     _tile(
         tl.program_id(0), tl.program_id(1), tl.num_programs(0),
-        Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Report,
+        Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Thresholds, Out, Report,
         stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
         stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head, stride_table, scale,
-        value_scale, PAGE, GROUP, D, BLOCK_D, TILE, BLOCK, UNIT, INTERVAL, WORST_ROW, ORDERED, S, PRECISION, False, 1,
+        value_scale, PAGE, GROUP, D, BLOCK_D, TILE, BLOCK, UNIT, INTERVAL, PRECISION, False, 1,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["stride_table", "num_works"])
 def _attend_marked(
-    Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Report,
+    Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Thresholds, Out, Report,
     num_works, num_heads,
     stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
     stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head, stride_table,
     scale, value_scale,
     PAGE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, INTERVAL: tl.constexpr, WORST_ROW: tl.constexpr,
-    ORDERED: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, INTERVAL: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """The marked ones of some neighbouring tiles, one after the other."""
     first = tl.program_id(0) * LOOKED_AT
@@ -255,12 +248,11 @@ def _attend_marked(
             if mark > 0:
                 _tile(
                     work % num_heads, work // num_heads, num_heads,
-                    Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Order, Thresholds, Out, Report,
+                    Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Thresholds, Out, Report,
                     stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
                     stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head,
                     stride_table, scale, value_scale,
-                    PAGE, GROUP, D, BLOCK_D, TILE, BLOCK, UNIT, INTERVAL, WORST_ROW, ORDERED, S, PRECISION, True,
-                    PARTS,
+                    PAGE, GROUP, D, BLOCK_D, TILE, BLOCK, UNIT, INTERVAL, PRECISION, True, PARTS,
                 )  # fmt: skip
 
 
@@ -291,8 +283,8 @@ def launch(query: torch.Tensor, tile_size: int, interval: int) -> Launch:
 
 
 def attend(
-    query, key_cache, value_cache, block_table, segments, tiles, slots, order, thresholds, out,
-    *, scale: float, key_block: int, stop_interval: int, stop_rule: str, tile_size: int, value_scale: float = 1.0,
+    query, key_cache, value_cache, block_table, segments, tiles, slots, thresholds, out,
+    *, scale: float, key_block: int, stop_interval: int, tile_size: int, value_scale: float = 1.0,
     options: Launch | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`naive.attend` on the device. Returns the visited pairs, [num_tiles, num_heads] int32.
@@ -302,42 +294,32 @@ def attend(
     num_heads = query.shape[1]
     report = torch.empty(len(tiles), num_heads, 2, dtype=torch.int32, device=query.device)
     options = options or launch(query, tile_size, key_block * stop_interval)
-    rules: dict[str, Any] = dict(
-        key_block=key_block, stop_interval=stop_interval, stop_rule=stop_rule, tile_size=tile_size
-    )
-    tensors = (query, key_cache, value_cache, block_table, segments, tiles, slots, order, thresholds, out, report)
+    rules: dict[str, Any] = dict(key_block=key_block, stop_interval=stop_interval, tile_size=tile_size)
+    tensors = (query, key_cache, value_cache, block_table, segments, tiles, slots, thresholds, out, report)
     _attend[(num_heads, len(tiles))](
-        *_arguments(*tensors), *_strides(query, key_cache, value_cache, block_table, out), scale * LOG2E, value_scale,
+        *tensors, *_strides(query, key_cache, value_cache, block_table, out), scale * LOG2E, value_scale,
         BLOCK=options.block, num_warps=options.num_warps, num_stages=options.num_stages,
-        **_constants(query, key_cache, order, **rules),
+        **_constants(query, key_cache, **rules),
     )  # fmt: skip
     attend_marked(*tensors, scale=scale, value_scale=value_scale, **rules)
     return report[..., 0]
 
 
 def attend_marked(
-    query, key_cache, value_cache, block_table, segments, tiles, slots, order, thresholds, out, report,
-    *, scale: float, value_scale: float, key_block: int, stop_interval: int, stop_rule: str, tile_size: int,
+    query, key_cache, value_cache, block_table, segments, tiles, slots, thresholds, out, report,
+    *, scale: float, value_scale: float, key_block: int, stop_interval: int, tile_size: int,
 ) -> None:  # fmt: skip
     """Compute the tiles that `report` marks again, with care, into out and report."""
     num_works = report.shape[0] * report.shape[1]
-    rules: dict[str, Any] = dict(
-        key_block=key_block, stop_interval=stop_interval, stop_rule=stop_rule, tile_size=tile_size
-    )
-    tensors = (query, key_cache, value_cache, block_table, segments, tiles, slots, order, thresholds, out, report)
+    rules: dict[str, Any] = dict(key_block=key_block, stop_interval=stop_interval, tile_size=tile_size)
+    tensors = (query, key_cache, value_cache, block_table, segments, tiles, slots, thresholds, out, report)
     # No pipeline and small blocks: it must fit wherever the kernel fits that marks the tiles, and is not to be fast.
     _attend_marked[(triton.cdiv(num_works, LOOKED_AT.value),)](
-        *_arguments(*tensors), num_works, report.shape[1],
+        *tensors, num_works, report.shape[1],
         *_strides(query, key_cache, value_cache, block_table, out), scale * LOG2E, value_scale,
         BLOCK=math.gcd(key_block * stop_interval, 32), PARTS=report.shape[2] - 1, num_warps=8, num_stages=1,
-        **_constants(query, key_cache, order, **rules),
+        **_constants(query, key_cache, **rules),
     )  # fmt: skip
-
-
-def _arguments(query, key_cache, value_cache, block_table, segments, tiles, slots, order, *written) -> tuple:
-    """A kernel's tensors; without an order of queries it takes any other one in its place."""
-    order = slots if order is None else order
-    return (query, key_cache, value_cache, block_table, segments, tiles, slots, order, *written)
 
 
 def _strides(query, key_cache, value_cache, block_table, out) -> tuple[int, ...]:
@@ -345,10 +327,9 @@ def _strides(query, key_cache, value_cache, block_table, out) -> tuple[int, ...]
     return (query.stride(0), query.stride(1), *caches, out.stride(0), out.stride(1), block_table.stride(0))
 
 
-def _constants(query, key_cache, order, key_block: int, stop_interval: int, stop_rule: str, tile_size: int) -> dict:
+def _constants(query, key_cache, key_block: int, stop_interval: int, tile_size: int) -> dict:
     num_heads, head_size = query.shape[1:]
     return dict(
         PAGE=key_cache.shape[1], GROUP=num_heads // key_cache.shape[2], D=head_size, BLOCK_D=block_dim(head_size),
-        TILE=tile_size, UNIT=key_block, INTERVAL=stop_interval, WORST_ROW=stop_rule == "worst_row",
-        ORDERED=order is not None, S=1 if order is None else order.shape[2], PRECISION=dot_precision(query),
+        TILE=tile_size, UNIT=key_block, INTERVAL=stop_interval, PRECISION=dot_precision(query),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Triton: the ranking of history keys, and the optional query order. See `naive.py` for shapes and meaning.
+"""Triton: the ranking of history keys. See `naive.py` for shapes and meaning.
 
     pool      mean and variance of each (segment, KV head)'s queries one program per pair
     spread    mean and deviation of a sample of the scores           matrix units, 16+ segments at once
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from . import naive
-from .common import block_dim, dot_precision, shared_memory, short, split_slot, wide
+from .common import block_dim, dot_precision, shared_memory, short, wide
 from .tables import MAX_SCORED_TOGETHER, SORT_BLOCK, SPREAD_KEYS, table_words
 
 SCORE_KEYS = 128
@@ -274,39 +274,6 @@ def _place(
     tl.store(Slots + begin + place, page * PAGE + key % PAGE, mask=known)
 
 
-@triton.jit
-def _guide(
-    Query, Keys, Segments, Slots, Products, num_kv_heads, stride_q_token, stride_q_head,
-    stride_block, stride_token, stride_head, stride_dim,
-    PAGE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    S: tl.constexpr, ROWS: tl.constexpr, BEST: tl.constexpr,
-):  # fmt: skip
-    """Product of each query of a segment with the mean of the segment's best keys; 0 without a history."""
-    segment, head = tl.program_id(0), tl.program_id(1)
-    query_row = tl.load(Segments + segment * 7 + 1).to(tl.int64)
-    num_queries = tl.load(Segments + segment * 7 + 3)
-    history = tl.load(Segments + segment * 7 + 4)
-    kv_head = head // GROUP
-    ranking = Slots + tl.load(Segments + segment * 7 + 6) + kv_head * history
-    best = tl.minimum(history, BEST)
-    d = tl.arange(0, BLOCK_D)
-    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for start in range(0, best, ROWS):
-        i = start + tl.arange(0, ROWS)
-        page, within = split_slot(tl.load(ranking + i, mask=i < best, other=0), PAGE)
-        row = page * stride_block + within * stride_token + kv_head.to(tl.int64) * stride_head
-        at = Keys + row[:, None] + (d * stride_dim)[None, :]
-        total += tl.load(at, mask=(i < best)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-    guide = tl.sum(total, 0) / tl.maximum(best, 1)
-    for start in range(0, num_queries, ROWS):
-        i = start + tl.arange(0, ROWS)
-        at = Query + (query_row + i)[:, None] * stride_q_token + head.to(tl.int64) * stride_q_head + d[None, :]
-        q = tl.load(at, mask=(i < num_queries)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-        product = tl.where(history > 0, tl.sum(q * guide[None, :], 1), 0.0)
-        out = Products + (segment * tl.num_programs(1) + head) * S + i
-        tl.store(out, product, mask=i < num_queries)
-
-
 def score_options(query, together: int, shared: int, stride_dim: int = 1) -> dict:
     """Tiles of the kernels that score keys, for segments that are scored `together` at most, within `shared` bytes.
     Stages take more of it where the elements of a key lie `stride_dim` apart."""
@@ -381,20 +348,3 @@ def rank_keys(
         PAGE=block_size, num_warps=1, **sort,
     )  # fmt: skip
     return slots
-
-
-def order_queries(query, key_cache, segments, slots, segment_len: int) -> torch.Tensor:
-    """`naive.order_queries` on the device."""
-    block_size, num_kv_heads, head_size = key_cache.shape[1:]
-    num_heads = query.shape[1]
-    # Rows beyond a segment's queries keep -inf and so come last.
-    products = query.new_full((len(segments), num_heads, segment_len), float("-inf"), dtype=torch.float32)
-    _guide[(len(segments), num_heads)](
-        query, key_cache, segments, slots, products, num_kv_heads, query.stride(0), query.stride(1),
-        *key_cache.stride(),
-        PAGE=block_size, GROUP=num_heads // num_kv_heads, D=head_size, BLOCK_D=block_dim(head_size),
-        S=segment_len, ROWS=32, BEST=naive.NUM_GUIDE_KEYS,
-    )  # fmt: skip
-    # NaN products must not move a query out of its segment: they sort as the lowest finite value.
-    products = products.nan_to_num(nan=torch.finfo(torch.float32).min, posinf=None, neginf=float("-inf"))
-    return products.argsort(dim=-1, descending=True, stable=True).int()

@@ -18,8 +18,7 @@ from vllm_s2o.plan import StepPlan, Wave, make_plan
 Implementation = Literal["auto", "cuda", "triton", "cpu", "naive"]
 
 WORKSPACE_BYTES = 448 * 2**20
-"""Rankings and classes held at one time, at most. With the small tables beside them a step stays below 512 MiB.
-Queries in another order than their positions, which are for experiments, take more."""
+"""Rankings and classes held at one time, at most. With the small tables beside them a step stays below 512 MiB."""
 
 MAX_SLOTS = WORKSPACE_BYTES // 5
 """Each entry is an index (int32) and its importance class (uint8)."""
@@ -66,14 +65,14 @@ class DevicePlan:
 
 
 def stages(implementation: Implementation, device: torch.device) -> ModuleType | SimpleNamespace:
-    """rank_keys, order_queries and attend for a device ("auto") or by name."""
+    """rank_keys and attend for a device ("auto") or by name."""
     if implementation == "auto":
         implementation = "cuda" if device.type == "cuda" else "cpu"
     if implementation != "triton":
         return importlib.import_module(f"vllm_s2o.kernels.{implementation}")
     rank = importlib.import_module("vllm_s2o.kernels.rank")
     prefill = importlib.import_module("vllm_s2o.kernels.prefill")
-    return SimpleNamespace(rank_keys=rank.rank_keys, order_queries=rank.order_queries, attend=prefill.attend)
+    return SimpleNamespace(rank_keys=rank.rank_keys, attend=prefill.attend)
 
 
 def describe(
@@ -104,7 +103,6 @@ def plan_step(
         tile_size=params.tile_size,
         num_kv_heads=num_kv_heads,
         max_slots=max_slots,
-        by_position=params.query_order == "position",
         budget=params.budget,
         seqs=seqs,
         dense_from=[end - params.dense_tail for end in ends] if params.dense_tail else None,
@@ -215,8 +213,6 @@ class WaveDone(NamedTuple):
 
     slots: torch.Tensor
     """Rankings, as `rank_keys` returns them; the next wave writes over those in a workspace."""
-    order: torch.Tensor | None
-    """Of the queries, where they are not in that of their positions."""
     pairs: torch.Tensor
     """[num_tiles, num_heads]: visited ones."""
 
@@ -235,17 +231,14 @@ def run_wave(
         query, key_cache, block_table, tables.segments, wave.num_slots, params.num_classes,
         max_history=wave.max_history, groups=tables.groups, workspace=workspace,
     )  # fmt: skip
-    order = None
-    if params.query_order == "guide":
-        order = stage.order_queries(query, key_cache, tables.segments, slots, params.segment_len)
     if lap is not None:
         lap()
     pairs = stage.attend(
-        query, key_cache, value_cache, block_table, tables.segments, tables.tiles, slots, order, thresholds, out,
+        query, key_cache, value_cache, block_table, tables.segments, tables.tiles, slots, thresholds, out,
         scale=scale, key_block=params.key_block, stop_interval=params.stop_interval,
-        stop_rule=params.stop_rule, tile_size=params.tile_size, value_scale=value_scale,
+        tile_size=params.tile_size, value_scale=value_scale,
     )  # fmt: skip
-    return WaveDone(slots, order, pairs)
+    return WaveDone(slots, pairs)
 
 
 @functools.cache
@@ -266,10 +259,9 @@ def warm_up(
 
     given = (num_heads, cache_shape, dtype, device, params, query_dtype, cache_dtype)
     block_size, num_kv_heads, head_size = cache_shape
-    # No kernel depends on thresholds, and a list of them counts the model's heads, not this rank's.
-    params = params.model_copy(update={"threshold": 0.0})
-    if params.query_order == "position":  # then no kernel depends on it
-        params = params.model_copy(update={"segment_len": params.tile_size})
+    # No kernel depends on thresholds, of which a list counts the model's heads and not this rank's, nor on the length
+    # of segments.
+    params = params.model_copy(update={"threshold": 0.0, "segment_len": params.tile_size})
     length = 3 * params.segment_len
     blocks = -(-length // block_size)
     query = torch.zeros(length, num_heads, head_size, dtype=query_dtype or dtype, device=device)

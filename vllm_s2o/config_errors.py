@@ -32,8 +32,6 @@ ALLOWED: dict[type[BaseModel], dict[str, str]] = {
         **dict.fromkeys(("tile_size", "key_block", "num_classes"), _POWER),
         "stop_interval": "a whole number from 1 to 64",
         "dense_tail": "a whole number from 0 to 65536",
-        "stop_rule": "worst_row or mean_row",
-        "query_order": "position or guide",
         "budget": "a number above 0 and up to 1",
     },
     Override: {"layers": _RANGES, "heads": _RANGES, "threshold": f'{_TAU}, or "dense"'},

@@ -40,16 +40,10 @@ class S2OParams(BaseModel):
         description="Key blocks before the first test of the stop rule, and the least between two; a step grows to a "
         "quarter of what was visited. The gain is the mean of its blocks.",
     )  # fmt: skip
-    stop_rule: Literal["worst_row", "mean_row"] = Field(
-        "worst_row", description="Whose gain must fall below the threshold: every row's, or the mean over the rows."
-    )
-    query_order: Literal["position", "guide"] = Field(
-        "position", description="Order in which a segment's queries are tiled: by position, or by a guide vector."
-    )
     dense_tail: int = Field(
         128, ge=0, le=65536, strict=True,
-        description="Tokens at a prompt's end that attend to all keys, with the tile that they begin in (the segment, "
-        "where queries have another order): the answer is read from them, and each of them asks for something else.",
+        description="Tokens at a prompt's end that attend to all keys, with the tile that they begin in: the answer is "
+        "read from them, and each of them asks for something else.",
     )  # fmt: skip
     num_classes: Power = Field(32, description="Importance classes that the keys are ranked into.")
     budget: float | None = Field(

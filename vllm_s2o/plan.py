@@ -43,7 +43,7 @@ class Segment(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Query rows that stop together: ranks `first` to `first + rows` of the segment's query order."""
+    """Query rows that stop together: those from `first` up to `first + rows` of the segment."""
 
     segment: int
     """Index into the wave's segments."""
@@ -108,27 +108,24 @@ def split_tiles(
     index: int,
     segment: Segment,
     tile_size: int,
-    by_position: bool,
     dense_from: int | None = None,
     reference_len: int | None = None,
 ) -> Iterator[Tile]:
-    """Tiles of one segment. In position order their borders are absolute too, so that a prompt cut
+    """Tiles of one segment. Their borders are at absolute positions too, so that a prompt cut
     in the middle of a segment leaves every other tile as it was.
 
     Args:
-        dense_from: tiles that hold this position of the sequence or a later one are dense. In another order, which is
-            not known here, any tile of the segment may hold it.
+        dense_from: tiles that hold this position of the sequence or a later one are dense.
         reference_len: keys before a segment for which the thresholds hold; by default any number.
     """
     end = segment.query_pos + segment.num_queries
     dense_from = end if dense_from is None else dense_from
     share = threshold_share(segment.history, reference_len)
-    lead = (segment.query_pos - segment.history) % tile_size if by_position else 0
+    lead = (segment.query_pos - segment.history) % tile_size
     first = 0
     while first < segment.num_queries:
         rows = min(tile_size - lead, segment.num_queries - first)
-        last = segment.query_pos + first + rows if by_position else end
-        yield Tile(index, first, rows, 0 if last > dense_from else share)
+        yield Tile(index, first, rows, 0 if segment.query_pos + first + rows > dense_from else share)
         first += rows
         lead = 0
 
@@ -166,7 +163,6 @@ def make_plan(
     tile_size: int,
     num_kv_heads: int,
     max_slots: int,
-    by_position: bool = True,
     budget: float | None = None,
     seqs: Sequence[int] | None = None,
     dense_from: Sequence[int] | None = None,
@@ -178,7 +174,6 @@ def make_plan(
         query_lens, seq_lens: per row of the batch; a row's queries are the last tokens of its sequence.
         max_slots: the most index entries that one wave may hold; a single segment is never split. Tables are as wide as
             a wave's longest history: its segments times that stay below twice as much.
-        by_position: tiles follow positions (else they follow the ranks of a query order).
         budget: share of the history that may be visited; None for all of it.
         seqs: the rows to attend here; all by default.
         dense_from: per row of the batch, the position from which on queries attend to everything; none by default.
@@ -205,13 +200,13 @@ def make_plan(
         most_tiles = segment.num_queries // tile_size + 2
         full = used + need > max_slots or (len(batch) + 1) * longest > 2 * max_slots or tiles + most_tiles > MAX_TILES
         if batch and full:
-            waves.append(_wave(batch, used, tile_size, by_position, dense_from, reference_len))
+            waves.append(_wave(batch, used, tile_size, dense_from, reference_len))
             batch, used, longest, tiles = [], 0, need, 0
         tiles += most_tiles
         batch.append(segment._replace(offset=used))
         used += need
     if batch:
-        waves.append(_wave(batch, used, tile_size, by_position, dense_from, reference_len))
+        waves.append(_wave(batch, used, tile_size, dense_from, reference_len))
     pairs = tuple(
         causal_pairs(q, s) if i in attended else 0 for i, (q, s) in enumerate(zip(query_lens, seq_lens, strict=True))
     )
@@ -222,13 +217,12 @@ def _wave(
     segments: list[Segment],
     num_slots: int,
     tile_size: int,
-    by_position: bool,
     dense_from: Sequence[int] | None,
     reference_len: int | None,
 ) -> Wave:
     tiles: list[Tile] = []
     for index, segment in enumerate(segments):
         first_dense = dense_from[segment.seq] if dense_from else None
-        tiles += split_tiles(index, segment, tile_size, by_position, first_dense, reference_len)
+        tiles += split_tiles(index, segment, tile_size, first_dense, reference_len)
     tiles.sort(key=lambda tile: tile.share > 0)  # dense ones: they take longest, whatever sequences come after theirs
     return Wave(tuple(segments), tuple(tiles), num_slots, max(s.history for s in segments))

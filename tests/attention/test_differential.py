@@ -123,13 +123,12 @@ def assert_ranked(case, segment, kv_head, slots, params) -> None:
 class Tile:
     """One tile of one head in fp64: its logits over its own keys and over a ranking."""
 
-    def __init__(self, case, params, segment, tile, head, ranking, order):
+    def __init__(self, case, params, segment, tile, head, ranking):
         group = case.query.shape[1] // case.key_cache.shape[2]
         page = case.key_cache.shape[1]
-        ranks = torch.arange(tile.first, tile.first + tile.rows, device=DEVICE)
-        chosen = ranks if order is None else order[tile.segment, head, ranks].long()
-        self.rows = segment.query_row + chosen
-        positions = segment.query_pos + chosen
+        places = torch.arange(tile.first, tile.first + tile.rows, device=DEVICE)
+        self.rows = segment.query_row + places
+        positions = segment.query_pos + places
         own = torch.arange(segment.history, int(positions.max()) + 1, device=DEVICE)
         slots = torch.cat([naive.slots_of(case.block_table, segment.seq, own, page).long(), ranking.long()])
         keys, values = (
@@ -157,7 +156,7 @@ class Tile:
             assert done + now <= seen, "stopped between two tests"
             done += now
             gains = (1 - before / self.mass(done, origin)) / -(-now // block)
-            judged = gains.max() if self.params.stop_rule == "worst_row" else gains.mean()
+            judged = gains.max()
             # Sums and exponentials of fp32: of logits up to 100, with errors of 1e-5.
             slack = 1e-4 * threshold + 2e-5
             if done == seen:
@@ -171,7 +170,7 @@ class Tile:
 
 
 def stages_of(problem, implementation):
-    """Wave by wave, what the stages give: (wave, slots, order, output of this wave, pairs)."""
+    """Wave by wave, what the stages give: (wave, slots, output of this wave, pairs)."""
     case, params, stage = problem.case, problem.params, attention.stages(implementation, DEVICE)
     plan = attention.plan_step(
         case.query_lens, case.lens, params, case.key_cache.shape[2], prompt_lens=problem.prompt_lens
@@ -184,18 +183,14 @@ def stages_of(problem, implementation):
             query, case.key_cache, case.block_table, tables.segments, wave.num_slots, params.num_classes,
             max_history=wave.max_history, groups=tables.groups,
         )  # fmt: skip
-        order = None
-        if params.query_order == "guide":
-            order = stage.order_queries(query, case.key_cache, tables.segments, slots, params.segment_len)
         rules = dict(
-            scale=case.scale, key_block=params.key_block, stop_interval=params.stop_interval,
-            stop_rule=params.stop_rule, tile_size=params.tile_size,
+            scale=case.scale, key_block=params.key_block, stop_interval=params.stop_interval, tile_size=params.tile_size
         )  # fmt: skip
-        tensors = (case.key_cache, case.value_cache, case.block_table, tables.segments, tables.tiles, slots, order)
+        tensors = (case.key_cache, case.value_cache, case.block_table, tables.segments, tables.tiles, slots)
         out, expected = (torch.full(case.query.shape, math.nan, dtype=query.dtype, device=DEVICE) for _ in range(2))
         pairs = stage.attend(query, *tensors, thresholds, out, **rules).long()
         want = naive.attend(query, *tensors, thresholds, expected, **rules)
-        yield wave, slots, order, thresholds.tolist(), (out, pairs), (expected, want)
+        yield wave, slots, thresholds.tolist(), (out, pairs), (expected, want)
 
 
 def assert_like_the_oracle(problem, implementation) -> None:
@@ -209,7 +204,7 @@ def assert_like_the_oracle(problem, implementation) -> None:
     assert (stats.visited_pairs <= stats.causal_pairs).all()
     bar, group = output_bar(case), case.query.shape[1] // max(case.key_cache.shape[2], 1)
     parts, visited, ties = torch.full_like(again, math.nan), torch.zeros_like(stats.visited_pairs), 0
-    for wave, slots, order, thresholds, (mine, pairs), (expected, want) in stages_of(problem, implementation):
+    for wave, slots, thresholds, (mine, pairs), (expected, want) in stages_of(problem, implementation):
         for segment in wave.segments:
             for kv_head in range(case.key_cache.shape[2] if segment.history else 0):
                 assert_ranked(case, segment, kv_head, slots, params)
@@ -218,7 +213,7 @@ def assert_like_the_oracle(problem, implementation) -> None:
             tile = wave.tiles[index]
             segment = wave.segments[tile.segment]
             ranking = naive.ranking_of(slots, list(segment), head // group)
-            exact = Tile(case, params, segment, tile, head, ranking, order)
+            exact = Tile(case, params, segment, tile, head, ranking)
             seen, rest = divmod(int(pairs[index, head]) - exact.inside, tile.rows)
             assert rest == 0
             exact.assert_may_stop_at(seen, thresholds[head] * (tile.share / WHOLE))

@@ -33,7 +33,6 @@ RULES = dict(segment_len=TILE, tile_size=TILE, key_block=BLOCK, stop_interval=1)
 PARAMS = {
     "dense": S2OParams(dense_tail=0, threshold=0, **RULES),
     "sparse": S2OParams(dense_tail=0, threshold=0.6, **RULES),
-    "guide": S2OParams(dense_tail=0, threshold=0.6, query_order="guide", **RULES),
 }
 # Four segments of one sequence, and of another the last chunk, which begins inside a segment.
 LENGTHS = dict(query_lens=[4 * TILE - 4, 5], seq_lens=[4 * TILE - 4, 2 * TILE + 2])
@@ -87,7 +86,7 @@ def out_of_reach(case) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("implementation", "bad", "params"),
-    thinned(lambda *kept: kept in (("nan", "dense"), ("nan", "guide"), ("inf", "sparse")), BAD, PARAMS),
+    thinned(lambda *kept: kept in (("nan", "dense"), ("nan", "sparse"), ("inf", "sparse")), BAD, PARAMS),
 )
 class TestOneBadNumber:
     def test_in_a_query(self, case, implementation, bad, params):
@@ -301,13 +300,11 @@ EDGES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("implementation", "edge", "order"),
-    thinned(lambda edge, order: order == "position" or edge == "empty between", EDGES, ["position", "guide"]),
-)
-def test_short_and_empty_sequences(implementation, edge, order):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("edge", EDGES)
+def test_short_and_empty_sequences(implementation, edge):
     case = make_case(*EDGES[edge], num_heads=4, num_kv_heads=2, head_size=32)
-    params = S2OParams(dense_tail=0, threshold=0, segment_len=32, tile_size=16, key_block=16, query_order=order)
+    params = S2OParams(dense_tail=0, threshold=0, segment_len=32, tile_size=16, key_block=16)
     out, stats = attend(case, params, implementation)
     assert out.shape == case.query.shape
     assert torch.equal(stats.visited_pairs, stats.causal_pairs)
@@ -320,7 +317,7 @@ GARBAGE = [-1, -(2**31), 2**31 - 1, 2**30, 10_000, 0]
 
 @pytest.mark.parametrize(
     ("implementation", "layout", "params"),
-    thinned(lambda *kept: kept in (("joined_rows", "guide"), ("transposed_keys", "dense")), LAYOUTS, PARAMS),
+    thinned(lambda *kept: kept in (("joined_rows", "sparse"), ("transposed_keys", "dense")), LAYOUTS, PARAMS),
 )
 def test_what_is_no_sequences_is_not_read(implementation, layout, params):
     """Table entries beyond a sequence and of rows without queries are anything, and so is the memory between: NaN."""
@@ -402,11 +399,9 @@ def test_only_marked_tiles_are_computed_again(parts):
         case.query, case.key_cache, case.block_table, wave.segments, wave.wave.num_slots, 32,
         max_history=wave.wave.max_history, groups=wave.groups,
     )  # fmt: skip
-    tensors = (case.query, case.key_cache, case.value_cache, case.block_table, wave.segments, wave.tiles, slots, None)
+    tensors = (case.query, case.key_cache, case.value_cache, case.block_table, wave.segments, wave.tiles, slots)
     thresholds = torch.full((4,), params.threshold, device=DEVICE)
-    rules = dict(
-        scale=case.scale, value_scale=1.0, key_block=BLOCK, stop_interval=1, stop_rule="worst_row", tile_size=TILE
-    )  # fmt: skip
+    rules = dict(scale=case.scale, value_scale=1.0, key_block=BLOCK, stop_interval=1, tile_size=TILE)
     expected, out = (torch.full_like(case.query, NAN) for _ in range(2))
     pairs = stage.attend(*tensors, thresholds, expected, **rules)
     report = torch.zeros(len(wave.tiles), 4, 1 + parts, dtype=torch.int32, device=DEVICE)

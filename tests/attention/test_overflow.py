@@ -92,18 +92,6 @@ def test_rows_of_the_block_table(case, implementation):
     check(many, implementation, block_table=spread(many.block_table, **far(many.block_table, 0)))
 
 
-@pytest.mark.parametrize("implementation", [i for i in IMPLEMENTATIONS if i != "cpu"])
-def test_guides(case, implementation):
-    """Queries in another order, for which heads of queries and rows of the cache are read once more."""
-    params = PARAMS.model_copy(update={"query_order": "guide"})
-    arguments = case.arguments | {
-        "query": spread(case.query, **far(case.query, 1)),
-        "key_cache": spread(case.key_cache, **far(case.key_cache, 0)),
-    }
-    out = prefill_attention(**arguments, params=params, implementation=implementation)
-    assert (out.double() - by_rows(case)).abs().max() <= 8e-3
-
-
 def on_no_device(case, **changes):
     tensors = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in case.arguments.items()}
     return tensors | {"params": PARAMS} | changes

@@ -9,13 +9,11 @@ from vllm_s2o.plan import WHOLE, causal_pairs, dense_runs, make_plan, most_segme
 rows = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 500)), min_size=1, max_size=5)
 
 
-@given(rows=rows, by_position=st.booleans(), max_slots=st.integers(1, 5000))
-def test_every_query_lies_in_one_tile(rows, by_position, max_slots):
+@given(rows=rows, max_slots=st.integers(1, 5000))
+def test_every_query_lies_in_one_tile(rows, max_slots):
     query_lens = [q for q, _ in rows]
     seq_lens = [q + before for q, before in rows]
-    plan = make_plan(
-        query_lens, seq_lens, segment_len=64, tile_size=16, num_kv_heads=2, max_slots=max_slots, by_position=by_position
-    )
+    plan = make_plan(query_lens, seq_lens, segment_len=64, tile_size=16, num_kv_heads=2, max_slots=max_slots)
     covered = []
     for wave in plan.waves:
         assert wave.num_slots <= max_slots or len(wave.segments) == 1
@@ -32,9 +30,8 @@ def test_every_query_lies_in_one_tile(rows, by_position, max_slots):
             segment = wave.segments[tile.segment]
             assert 0 < tile.rows <= 16
             covered += range(segment.query_row + tile.first, segment.query_row + tile.first + tile.rows)
-            if by_position:  # borders at absolute positions
-                first = segment.query_pos + tile.first
-                assert first // 16 == (first + tile.rows - 1) // 16
+            first = segment.query_pos + tile.first
+            assert first // 16 == (first + tile.rows - 1) // 16, "borders are at absolute positions"
     assert sorted(covered) == list(range(sum(query_lens)))
     assert plan.causal_pairs == tuple(map(causal_pairs, query_lens, seq_lens))
 
@@ -44,18 +41,18 @@ def test_budget_rounds_up():
     assert [s.visit_limit for s in plan.waves[0].segments] == [2]
 
 
-@given(rows=rows, by_position=st.booleans(), before_end=st.integers(-50, 400))
-def test_dense_tiles_are_those_at_the_end(rows, by_position, before_end):
+@given(rows=rows, before_end=st.integers(-50, 400))
+def test_dense_tiles_are_those_at_the_end(rows, before_end):
     query_lens, seq_lens = [q for q, _ in rows], [q + before for q, before in rows]
     plan = make_plan(
-        query_lens, seq_lens, segment_len=64, tile_size=16, num_kv_heads=2, max_slots=5000, by_position=by_position,
+        query_lens, seq_lens, segment_len=64, tile_size=16, num_kv_heads=2, max_slots=5000,
         dense_from=[length - before_end for length in seq_lens],
     )  # fmt: skip
     for wave in plan.waves:
         for tile in wave.tiles:
             segment = wave.segments[tile.segment]
-            rows_in = tile.first + tile.rows if by_position else segment.num_queries
-            assert (tile.share == 0) == (segment.query_pos + rows_in > seq_lens[segment.seq] - before_end)
+            end = segment.query_pos + tile.first + tile.rows
+            assert (tile.share == 0) == (end > seq_lens[segment.seq] - before_end)
 
 
 def test_dense_tiles_come_first():

@@ -220,7 +220,6 @@ def size_of(buffers):
 
 WARM = {
     "default": S2OParams(),
-    "guide": S2OParams(dense_tail=0, query_order="guide", segment_len=256),
     "thresholds of all ranks": S2OParams(dense_tail=0, threshold=(0.1,) * 8),
 }
 

@@ -55,11 +55,11 @@ def test_each_row_is_attended_by_one_of_the_two(start, finished, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_long_rows_run_with_the_parameters_of_the_config(start, finished, dtype):
-    sparse = start({**SHORT, "threshold": 0.2, "stop_rule": "mean_row"}, dtype=dtype)
+    sparse = start({**SHORT, "threshold": 0.2}, dtype=dtype)
     layer = sparse.layers[0]
     batch = Batch(layer, dtype)
     out = batch.attend(layer, sparse.builder.build(0, batch.common))
-    params = S2OParams(dense_tail=0, threshold=0.2, segment_len=64, tile_size=32, key_block=16, stop_rule="mean_row")
+    params = S2OParams(dense_tail=0, threshold=0.2, segment_len=64, tile_size=32, key_block=16)
     expected, stats = prefill_attention(**batch.case(layer, LONG).arguments, params=params, return_stats=True)
     assert rows_of(out, LONG).equal(expected)
     assert finished[0].visited.sum() == stats.visited_pairs.sum() < stats.causal_pairs.sum()
@@ -173,10 +173,10 @@ def test_layers_find_their_thresholds_on_the_device(start, finished, monkeypatch
     stages = attention.stages("cpu", CPU)
 
     def attend(*arguments, **options):
-        given.append(arguments[8])
+        given.append(arguments[7])
         return stages.attend(*arguments, **options)
 
-    parts = SimpleNamespace(rank_keys=stages.rank_keys, order_queries=stages.order_queries, attend=attend)
+    parts = SimpleNamespace(rank_keys=stages.rank_keys, attend=attend)
     monkeypatch.setattr(attention, "stages", lambda *_: parts)
     monkeypatch.setattr(tables, "as_table", lambda *_: pytest.fail("a copy from the host"))
     for layer in sparse.layers:

@@ -204,15 +204,15 @@ def test_all_fields(command):
 
 
 def test_one_field(command):
-    ended = command("config", "explain", "stop_rule")
+    ended = command("config", "explain", "key_block")
     assert (ended.status, ended.out.splitlines()) == (
         0,
         [
-            "params.stop_rule",
-            f"  meaning  {S2OParams.model_fields['stop_rule'].description}",
-            "  type     text",
-            "  allowed  worst_row or mean_row",
-            '  default  "worst_row"',
+            "params.key_block",
+            f"  meaning  {S2OParams.model_fields['key_block'].description}",
+            "  type     whole number",
+            "  allowed  16, 32, 64 or 128",
+            "  default  64",
         ],
     )
 

@@ -180,7 +180,7 @@ KERNELS = {
     "no Hopper": ((8, 0), 64, {}, "attention in Triton (the GPU is no Hopper), ranking in Gluon"),
     "large heads": ((9, 0), 256, {}, "attention in Triton (head size 256), ranking in Gluon"),
     "classes": ((9, 0), 64, {"num_classes": 64}, "attention in Gluon, ranking in Triton (num_classes=64)"),
-    "order": ((9, 0), 64, {"query_order": "guide"}, "attention in Triton (queries in another order), ranking in Gluon"),
+    "tile": ((9, 0), 64, {"tile_size": 32}, "attention in Triton (tile_size=32), ranking in Gluon"),
 }
 
 
@@ -205,7 +205,7 @@ def test_kernels_of_this_gpu():
     hopper = machine.gpus[0].capability[0] == 9
     found = checks.kernel_finding(machine, answer, None, S2OParams())
     assert (found.value == "attention in Gluon, ranking in Gluon") is hopper
-    found = checks.kernel_finding(machine, answer, None, S2OParams(query_order="guide", num_classes=64))
+    found = checks.kernel_finding(machine, answer, None, S2OParams(tile_size=32, num_classes=64))
     assert found.value.startswith("attention in Triton (") and "ranking in Triton (num_classes=64)" in found.value
 
 

@@ -46,8 +46,6 @@ BAD_FIELDS = {
     "num_classes": ({"params": {"num_classes": 64.0}}, "'params.num_classes'", "64.0", POWER),
     "stop_interval": ({"params": {"stop_interval": 65}}, "'params.stop_interval'", "65", "from 1 to 64"),
     "stop_interval a bool": ({"params": {"stop_interval": True}}, "'params.stop_interval'", "true", "from 1 to 64"),
-    "stop_rule": ({"params": {"stop_rule": "best"}}, "'params.stop_rule'", '"best"', "worst_row or mean_row"),
-    "query_order": ({"params": {"query_order": "x"}}, "'params.query_order'", '"x"', "position or guide"),
     "budget 0": ({"params": {"budget": 0}}, "'params.budget'", "0;", "above 0 and up to 1"),
     "budget a text": ({"params": {"budget": "0.1"}}, "'params.budget'", "write 0.1", "above 0 and up to 1"),
     "unknown parameter": ({"params": {"treshold": 0.1}}, "'params.treshold'", "allowed are threshold, reference_len"),

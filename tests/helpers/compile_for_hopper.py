@@ -19,7 +19,7 @@ from vllm_s2o.kernels.common import block_dim
 
 POINTERS = {
     "Query": "*bf16", "Keys": "*bf16", "Values": "*bf16", "Out": "*bf16", "Thresholds": "*fp32", "Classes": "*u8",
-    "Mean": "*bf16", "Variance": "*bf16", "Spread": "*fp32", "Products": "*fp32",
+    "Mean": "*bf16", "Variance": "*bf16", "Spread": "*fp32",
 }  # fmt: skip
 """The other capitalised arguments are tables of int32."""
 
@@ -49,12 +49,12 @@ def compile_for_hopper(kernel, constants: dict, dtype: str = "bf16", language=Gl
 def main() -> None:
     launch = hopper.Launch()
     attend = dict(
-        PAGE=16, GROUP=4, D=128, HALVES=2, BLOCK=launch.block, UNIT=64, INTERVAL=4, WORST_ROW=True,
+        PAGE=16, GROUP=4, D=128, HALVES=2, BLOCK=launch.block, UNIT=64, INTERVAL=4,
         STAGES=launch.num_stages, VISIT_REGISTERS=launch.visit_registers, GATHER_REGISTERS=launch.gather_registers,
     )  # fmt: skip
     print("attend", compile_for_hopper(hopper._attend, attend, num_warps=4, maxnreg=168))
     # Everything that the kernel does otherwise for other problems, at once.
-    attend |= dict(D=64, HALVES=1, WORST_ROW=False)
+    attend |= dict(D=64, HALVES=1)
     print("attend_other", compile_for_hopper(hopper._attend, attend, "fp16", num_warps=4, maxnreg=248))
     sort = dict(BLOCK=32 * vote.ROUNDS, CLASSES=vote.CLASSES)
     print("count", compile_for_hopper(vote.count, dict(BLOCKS=4, **sort), num_warps=1))

@@ -20,15 +20,11 @@ def compile_for(kernel, constants: dict, **options) -> int:
 
 def main() -> None:
     shape = dict(PAGE=16, D=128, BLOCK_D=128)
-    attend = shape | dict(
-        GROUP=4, TILE=128, UNIT=64, INTERVAL=2, WORST_ROW=True, ORDERED=False, S=1, PRECISION="tf32"
-    )  # fmt: skip
+    attend = shape | dict(GROUP=4, TILE=128, UNIT=64, INTERVAL=2, PRECISION="tf32")
     print("attend", compile_for(prefill._attend, attend | {"BLOCK": 64}, num_warps=8, num_stages=3))
     marked = attend | {"BLOCK": math.gcd(128, 32)}
     print("marked", compile_for(prefill._attend_marked, marked | {"PARTS": 1}, num_warps=8, num_stages=1))
-    # Everything that the kernel does otherwise for other problems, at once.
-    other = dict(PARTS=2, WORST_ROW=False, ORDERED=True, S=512)
-    print("marked_other", compile_for(prefill._attend_marked, marked | other, num_warps=8, num_stages=1))
+    print("marked_halves", compile_for(prefill._attend_marked, marked | {"PARTS": 2}, num_warps=8, num_stages=1))
 
     print("pool", compile_for(rank._pool, shape | {"GROUP": 4, "ROWS": 32}))
     scores = shape | dict(SEGMENTS=64, KEYS=rank.SCORE_KEYS, PRECISION="tf32")
@@ -39,8 +35,6 @@ def main() -> None:
     print("count", compile_for(rank._count, sort | {"BLOCKS": rank.COUNTED_BLOCKS}, num_warps=1))
     print("offsets", compile_for(rank._offsets, sort | {"ROWS": 32}))
     print("place", compile_for(rank._place, sort | {"PAGE": 16}, num_warps=1))
-    guide = shape | dict(GROUP=4, S=512, ROWS=32, BEST=naive.NUM_GUIDE_KEYS)
-    print("guide", compile_for(rank._guide, guide))
 
 
 if __name__ == "__main__":

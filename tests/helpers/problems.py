@@ -68,8 +68,6 @@ def problems(draw, dtypes=(torch.float32,), most: int = 320, small: bool = False
     params = dict(
         segment_len=segment_len, tile_size=tile,
         key_block=draw(st.sampled_from([16, 32, 64])), stop_interval=draw(st.sampled_from([1, 1, 2, 3, 5])),
-        stop_rule=draw(st.sampled_from(["worst_row", "mean_row"])),
-        query_order=draw(st.sampled_from(["position", "position", "guide"])),
         num_classes=draw(st.sampled_from([16, 32, 32, 64, 128])),
         dense_tail=draw(st.sampled_from([0, 0, 0, 1, tile, 100])),
         reference_len=draw(st.sampled_from([None, None, 1, 50, 150])),

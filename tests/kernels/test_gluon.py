@@ -24,7 +24,6 @@ LENGTHS = dict(query_lens=[700, 1, 333, 130, 64], seq_lens=[1700, 900, 333, 2001
 RULES = {
     "dense": dict(threshold=0.0),
     "worst row": dict(threshold=0.01),
-    "mean row": dict(threshold=0.05, stop_rule="mean_row"),
     "short intervals": dict(threshold=0.02, key_block=32, stop_interval=1),
     "budget": dict(budget=0.3),
     "dense end": dict(threshold=0.3, dense_tail=100),
@@ -32,7 +31,7 @@ RULES = {
     "dense end of a budget": dict(budget=0.1, dense_tail=1),
     # Histories that no interval divides, and for tiles of 64 no block either: a ranking ends between two tests.
     "odd histories": dict(threshold=0.002),
-    "odd histories, mean row": dict(threshold=0.001, stop_rule="mean_row", stop_interval=8),
+    "odd histories, long intervals": dict(threshold=0.002, stop_interval=8),
 }
 
 
@@ -58,9 +57,9 @@ def attended(module, case, params, wave, slots, thresholds, **options):
     """Output, NaN where nothing was written, and visited pairs."""
     out = torch.full_like(case.query, float("nan"))
     pairs = module.attend(
-        case.query, case.key_cache, case.value_cache, case.block_table, wave.segments, wave.tiles, slots, None,
+        case.query, case.key_cache, case.value_cache, case.block_table, wave.segments, wave.tiles, slots,
         thresholds, out, scale=case.scale, key_block=params.key_block, stop_interval=params.stop_interval,
-        stop_rule=params.stop_rule, tile_size=params.tile_size, **options,
+        tile_size=params.tile_size, **options,
     )  # fmt: skip
     return out, pairs
 
@@ -218,11 +217,11 @@ def test_a_step_does_not_wait_for_the_device():
 
 @gpu
 @needs_hopper
-@pytest.mark.parametrize("why", ["head size", "order", "interval", "dtype"])
+@pytest.mark.parametrize("why", ["head size", "interval", "dtype"])
 def test_what_does_not_suit_takes_the_triton_kernel(why):
     dtype = torch.float32 if why == "dtype" else torch.bfloat16
     case = make_case([300], [300], head_size=96 if why == "head size" else 64, dtype=dtype)
-    rules = {"order": dict(query_order="guide"), "interval": dict(key_block=16, stop_interval=1)}.get(why, {})
+    rules = dict(key_block=16, stop_interval=1) if why == "interval" else {}
     params = S2OParams(dense_tail=0, threshold=0.02, segment_len=128, **rules)
     ours = prefill_attention(**case.arguments, params=params)
     assert torch.equal(ours, prefill_attention(**case.arguments, params=params, implementation="triton"))
@@ -295,7 +294,6 @@ def test_giving_up_leaves_the_triton_kernels(monkeypatch):
         ({"capability": (8, 0)}, "the GPU is no Hopper"),
         ({"dtype": torch.float32}, "torch.float32"),
         ({"head_size": 96}, "head size 96"),
-        ({"ordered": True}, "queries in another order"),
         ({"tile": 32}, "tile_size=32"),
         ({"interval": 16}, "a stop test every 16 keys"),
         ({"layout": "transposed_keys"}, "cache strides"),
@@ -308,7 +306,7 @@ def test_reasons_for_the_triton_kernel(monkeypatch, change, reason):
     """Decided on the host, from types, strides and addresses."""
     from vllm_s2o.kernels import hopper
 
-    given = dict(capability=(9, 0), dtype=torch.bfloat16, head_size=128, ordered=False, tile=128, interval=256)
+    given = dict(capability=(9, 0), dtype=torch.bfloat16, head_size=128, tile=128, interval=256)
     given |= dict(layout="joined_rows", shift=0, skew=0) | change
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: given["capability"])
     case = make_case([40], [60], head_size=given["head_size"], dtype=given["dtype"], layout=given["layout"])
@@ -320,5 +318,5 @@ def test_reasons_for_the_triton_kernel(monkeypatch, change, reason):
     if skew:  # a slice of wider rows
         wide = torch.zeros(query.shape[0], query.shape[1] * query.shape[2] + skew, dtype=query.dtype, device=DEVICE)
         query = wide[:, skew:].unflatten(1, query.shape[1:])
-    problem = (query, key_cache, case.value_cache, given["ordered"], given["tile"], given["interval"])
+    problem = (query, key_cache, case.value_cache, given["tile"], given["interval"])
     assert hopper.unsuitable(*problem) == reason

@@ -12,7 +12,7 @@ from vllm_s2o.quality.capture import attention_inputs, dense_attention, open_mod
 
 TOKENS = 700
 # Random weights attend to everything: few rows at a time, and their mean, find a stop.
-GIVEN = {"min_seq_len": 1, "segment_len": 128, "stop_rule": "mean_row", "tile_size": 16, "key_block": 16}
+GIVEN = {"min_seq_len": 1, "segment_len": 128, "tile_size": 16, "key_block": 16}
 
 
 @pytest.fixture(scope="module")

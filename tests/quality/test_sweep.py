@@ -23,7 +23,6 @@ SMALL = {"tile": TILE, "key_block": 16}
 RULES = {
     "s2o": S2O(64, **SMALL),
     "s2o_every_block": S2O(64, interval=1, growing=False, **SMALL),
-    "s2o_mean_row": S2O(128, stop_rule="mean_row", interval=2, **SMALL),
     "s2o_sorted": S2O(64, num_classes=None, **SMALL),
     **{f"s2o_{ranking}": S2O(128, ranking, interval=2, **SMALL) for ranking in RANKINGS},
     "pbs": PBS(TILE, 64),
@@ -99,12 +98,11 @@ def test_a_threshold_of_0_is_dense_attention(swept, name):
 
 
 @pytest.mark.parametrize("implementation", ["naive", "cpu"])
-@pytest.mark.parametrize("stop_rule", ["worst_row", "mean_row"])
 @pytest.mark.parametrize("interval", [1, 2])
-def test_s2o_stops_where_the_kernels_stop(inputs, implementation, stop_rule, interval):
+def test_s2o_stops_where_the_kernels_stop(inputs, implementation, interval):
     """For each threshold the same pairs and the same output as `prefill_attention`, from one pass over the history."""
     tokens, page = len(inputs.key), 16
-    rule = S2O(64, stop_rule=stop_rule, interval=interval, values=(0.0, 0.003, 0.02, 0.1), **SMALL)
+    rule = S2O(64, interval=interval, values=(0.0, 0.003, 0.02, 0.1), **SMALL)
     pages = -(-tokens // page)
     caches = [
         torch.cat([t, t.new_zeros(pages * page - tokens, *t.shape[1:])]).unflatten(0, (pages, page))
@@ -122,7 +120,6 @@ def test_s2o_stops_where_the_kernels_stop(inputs, implementation, stop_rule, int
             seq_lens=torch.tensor([tokens], dtype=torch.int32), scale=inputs.scale, return_stats=True,
             params=S2OParams(dense_tail=0,
                 threshold=threshold, segment_len=64, tile_size=TILE, key_block=16, stop_interval=interval,
-                stop_rule=stop_rule,
             ),
             implementation=implementation,
         )  # fmt: skip
@@ -211,10 +208,10 @@ def test_methods_have_names(name):
 
 def test_variants_of_s2o_have_names():
     assert method("s2o_512") == S2O()
-    assert method("s2o_256_tile_mean_row") == S2O(256, "tile", "mean_row")
+    assert method("s2o_256_mean_first1") == S2O(256, "mean", interval=1)
     assert method("s2o_256_first1") == S2O(256, interval=1)
     assert method("s2o_256_every1_sorted") == S2O(256, interval=1, growing=False, num_classes=None)
-    assert method("s2o_256").layouts == method("s2o_256_mean_row_every2").layouts != method("s2o_256_head").layouts
+    assert method("s2o_256").layouts == method("s2o_256_every2").layouts != method("s2o_256_mean").layouts
 
 
 @pytest.mark.parametrize("name", ["s2o", "s2o_", "s2o_100", "s2o_0", "s2o_256_best", "s2o_256_every0", "dense", ""])

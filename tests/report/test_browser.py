@@ -35,11 +35,11 @@ ALL = "return [" + ", ".join(f"(() => {{ {script} }})()" for script in (OVERLAPS
 
 
 @pytest.fixture(scope="module")
-def shown(plain, tmp_path_factory) -> Path:
+def shown(case, tmp_path_factory) -> Path:
     """Both parts on one page."""
     browser.program()
-    figures, visits = capture.measure(plain.model, plain.ids, plain.config, 2, 3)
-    drawn = prompt.Prompt("tiny", "code", len(plain.ids), 1.0, plain.config, figures, 2, 3, maps.draw(visits))
+    figures, visits = capture.measure(case.model, case.ids, case.config, 2, 3)
+    drawn = prompt.Prompt("tiny", "code", len(case.ids), 1.0, case.config, figures, 2, 3, maps.draw(visits))
     found = results.read(ROOT / "benchmarks" / "results")
     out = tmp_path_factory.mktemp("page") / "report.html"
     page.write(out, page.page("S2O: a test's page", [prompt.section(drawn), bench.section(found)], "made by a test."))

@@ -63,8 +63,6 @@ def test_tiles_stop_where_the_rule_says(case, first):
     assert pairs == total[HEAD]
     assert torch.cat([t.positions for t in tiles]).sort().values.tolist() == list(range(TOKENS))
     assert all(sorted(t.ranking.tolist()) == list(range(t.start)) for t in tiles)
-    if params.query_order != "position":
-        return
     rule = S2O(segment=128, tile=32, key_block=16, interval=1)
     head = list(heads_of(first.query, first.key, first.scale))[HEAD]
     selected = rule.select(head, params.threshold)

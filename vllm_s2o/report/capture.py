@@ -28,7 +28,7 @@ class Tile(NamedTuple):
     """A tile of the drawn head: rows that stop together."""
 
     positions: torch.Tensor
-    """[rows]: of its queries, in the order in which they are tiled."""
+    """[rows]: of its queries."""
     start: int
     """Where its segment begins: also the length of the history."""
     ranking: torch.Tensor
@@ -46,8 +46,6 @@ class HeadVisits(NamedTuple):
     """The keys that it shares."""
     scale: float
     segment_len: int
-    by_position: bool
-    """Whether its queries are tiled in the order of their positions."""
     tiles: list[Tile]
     """By position."""
 
@@ -158,7 +156,7 @@ def measure(
                 drawn.append(
                     HeadVisits(
                         given.query[:, head].float().cpu(), given.key[:, kv_head].float().cpu(), given.scale,
-                        params.segment_len, params.query_order == "position", tiles,
+                        params.segment_len, tiles,
                     )
                 )  # fmt: skip
         progress(1)
@@ -197,27 +195,21 @@ def run_layer(
     total = torch.zeros(num_heads, dtype=torch.int64, device=device)
     tiles: list[Tile] = []
     for tables in to_device(plan_step([num_tokens], [num_tokens], params, num_kv_heads), device).waves:
-        slots, order, pairs = run_wave(
-            query, key, value, block_table, tables, params, layer.scale, out, thresholds
-        )  # fmt: skip
+        slots, pairs = run_wave(query, key, value, block_table, tables, params, layer.scale, out, thresholds)
         total += pairs.long().sum(0)
         if head is not None:
-            mine = None if order is None else order[:, head].cpu()
             kv_head = head * num_kv_heads // num_heads
-            tiles += _tiles(tables.wave, slots.cpu(), mine, pairs[:, head].tolist(), kv_head)
+            tiles += _tiles(tables.wave, slots.cpu(), pairs[:, head].tolist(), kv_head)
     return out, total, sorted(tiles, key=lambda tile: tile.start) if head is not None else None
 
 
-def _tiles(
-    wave: plan.Wave, slots: torch.Tensor, order: torch.Tensor | None, pairs: list[int], kv_head: int
-) -> list[Tile]:
+def _tiles(wave: plan.Wave, slots: torch.Tensor, pairs: list[int], kv_head: int) -> list[Tile]:
     rankings = [naive.ranking_of(slots, list(segment), kv_head) for segment in wave.segments]
     found = []
     # Waves have their dense tiles first.
     for tile, visited in sorted(zip(wave.tiles, pairs, strict=True), key=lambda both: both[0].first):
         segment = wave.segments[tile.segment]
-        ranks = torch.arange(tile.first, tile.first + tile.rows)
-        positions = segment.query_pos + (ranks if order is None else order[tile.segment, ranks].long())
+        positions = segment.query_pos + torch.arange(tile.first, tile.first + tile.rows)
         inside = int((positions - segment.history + 1).sum())
         history = (visited - inside) // tile.rows  # the same for all rows of a tile
         found.append(Tile(positions, segment.history, rankings[tile.segment].long(), history))

@@ -37,19 +37,16 @@ class Maps(NamedTuple):
     """Both pictures; a share is NaN where there is no key."""
 
     before: torch.Tensor
-    """[lines, columns], by position of the query."""
+    """[lines, columns], by position of the query, as in the other."""
     after: torch.Tensor
-    """[lines, columns], in the order in which queries are tiled."""
     num_tokens: int
     segment_len: int
-    by_position: bool
-    """Whether queries are tiled in the order of their positions."""
     keys: int
     """Keys of a column."""
     extent: int
     """Keys that all columns stand for."""
     stops: list[Stop]
-    """Of tiles in the order of `after`."""
+    """Of tiles by position."""
     kept: float
     """Mean over lines: the share of a query's attention that the visited keys get."""
 
@@ -62,7 +59,7 @@ def draw(head: HeadVisits, pixels: int = PIXELS) -> Maps:
     extent = max(head.segment_len + tile.start for tile in head.tiles)
     keys = -(-extent // pixels)
     columns = -(-extent // keys)
-    before, after, places, stops, kept = [], [], [], [], []
+    before, after, stops, kept = [], [], [], []
     seen = 0
     for tile in head.tiles:
         chosen = tile.positions[(every // 2 - seen) % every :: every]
@@ -82,11 +79,9 @@ def draw(head: HeadVisits, pixels: int = PIXELS) -> Maps:
         taken = torch.ones(num_tokens, dtype=torch.bool)
         taken[tile.ranking[tile.visited :]] = False
         kept.append(weights[:, taken].sum(1))
-        places.append(chosen)
-    by_position = torch.cat(places).argsort()
     return Maps(
-        torch.cat(before)[by_position], torch.cat(after), num_tokens, head.segment_len, head.by_position, keys, extent,
-        stops, torch.cat(kept).mean().item(),
+        torch.cat(before), torch.cat(after), num_tokens, head.segment_len, keys, extent, stops,
+        torch.cat(kept).mean().item(),
     )  # fmt: skip
 
 

@@ -19,11 +19,10 @@ def before(maps: Maps, whose: str) -> Markup:
 
 def after(maps: Maps, whose: str) -> Markup:
     """Keys in the order of their visits, with the stop line."""
-    by = "query's position" if maps.by_position else "queries as they are tiled"
     return _map(
         maps, maps.after, whose, "After permutation, with the stop line",
         "Own segment to the dashed line, then the history by importance.",
-        ("keys in the order of their visits", by), _lines(maps),
+        ("keys in the order of their visits", "query's position"), _lines(maps),
     )  # fmt: skip
 
 

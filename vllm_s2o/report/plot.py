@@ -25,7 +25,7 @@ def draw(maps: Maps, title: str, out: Path) -> None:
         axes.tick_params(labelsize=8)
     left.set_title("Keys by position", fontsize=9, loc="left")
     left.set_xlabel("key's position", fontsize=8)
-    left.set_ylabel("query's position" if maps.by_position else "queries as they are tiled", fontsize=8)
+    left.set_ylabel("query's position", fontsize=8)
     right.set_title("Keys as they are visited; where each tile stops", fontsize=9, loc="left")
     right.set_xlabel("own segment, then the history by importance", fontsize=8)
     scale = maps.num_tokens / len(maps.after)

@@ -15,7 +15,7 @@ from vllm_s2o.quality.capture import open_model
 
 TOKENS = 1024
 # Random weights attend to everything: few rows at a time, and their mean, find a stop.
-RULES = {"stop_rule": "mean_row", "tile_size": 16, "key_block": 16, "stop_interval": 1}
+RULES = {"tile_size": 16, "key_block": 16, "stop_interval": 1}
 SMALL = dict(texts=["prose"], num_tokens=TOKENS, segment_lens=[128], additional=RULES)
 
 

@@ -36,17 +36,14 @@ def test_short_prompts_have_enough_tiles(tokens, count):
 
 
 def test_the_rule_is_what_the_parameters_say():
-    params = S2OParams(
-        segment_len=256, stop_rule="mean_row", stop_interval=3, num_classes=64, tile_size=64, key_block=32
-    )
-    expected = S2O(256, stop_rule="mean_row", interval=3, num_classes=64, tile=64, key_block=32, values=TAUS)
+    params = S2OParams(segment_len=256, stop_interval=3, num_classes=64, tile_size=64, key_block=32)
+    expected = S2O(256, interval=3, num_classes=64, tile=64, key_block=32, values=TAUS)
     assert rule_of(params) == expected
 
 
 @pytest.mark.parametrize("tokens, tail", [(8192, 0), (8192, 128), (8191, 128), (1000, 300), (200, 500)])
-@pytest.mark.parametrize("order", ["position", "guide"])
-def test_the_dense_end_is_that_of_the_plan(tokens, tail, order):
-    params = S2OParams(segment_len=256, dense_tail=tail, query_order=order)
+def test_the_dense_end_is_that_of_the_plan(tokens, tail):
+    params = S2OParams(segment_len=256, dense_tail=tail)
     waves = plan_step([tokens], [tokens], params, 2).waves
     ends = [
         wave.segments[tile.segment].query_pos + tile.first + row + 1

@@ -37,8 +37,8 @@ class Curves(NamedTuple):
 def rule_of(params: S2OParams) -> S2O:
     """The oracle of what these parameters select, at every threshold of TAUS."""
     return S2O(
-        params.segment_len, stop_rule=params.stop_rule, interval=params.stop_interval, num_classes=params.num_classes,
-        tile=params.tile_size, key_block=params.key_block, values=TAUS,
+        params.segment_len, interval=params.stop_interval, num_classes=params.num_classes, tile=params.tile_size,
+        key_block=params.key_block, values=TAUS,
     )  # fmt: skip
 
 
@@ -98,8 +98,7 @@ def _dense_from(num_tokens: int, params: S2OParams) -> int:
     """The first position of a prompt's dense end; `num_tokens` where it has none."""
     if not params.dense_tail:
         return num_tokens
-    whole = params.tile_size if params.query_order == "position" else params.segment_len
-    return max(num_tokens - params.dense_tail, 0) // whole * whole
+    return max(num_tokens - params.dense_tail, 0) // params.tile_size * params.tile_size
 
 
 def least_density(num_tokens: int, params: S2OParams) -> float:

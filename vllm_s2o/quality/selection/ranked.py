@@ -1,6 +1,6 @@
 """S2O's rule (arXiv 2602.22575) and its variants: the history in ranked order, until a step gains too little.
 
-A variant differs in how keys are scored, in what they are sorted by, in whose gain is judged, or in how often. What
+A variant differs in how keys are scored, in what they are sorted by, or in how often gains are judged. What
 ships is `kernels/naive.py`. `S2O()` with the parameters of an `S2OParams` selects the same, but for `dense_tail` and
 `reference_len`, of which a rule knows nothing: each of its tiles may stop, at one threshold for all lengths.
 """
@@ -19,56 +19,24 @@ from .rule import Head, Layout, Tile, UnitRule, UnitSelection, as_tensor, tiles_
 TAUS = (0.0, *(round(2e-4 * 1.55**step, 6) for step in range(18)))
 """Thresholds of a sweep, up to 0.34."""
 
-SUB_QUERIES = 16
 
-
-def spread(head: Head, segment: slice, tile: slice) -> torch.Tensor:
+def spread(head: Head, segment: slice) -> torch.Tensor:
     """As shipped: mean and spread over the segment's queries of all heads that share the keys."""
     return naive.importance(head.key[: segment.start], head.queries[segment].flatten(0, 1))
 
 
-def head_spread(head: Head, segment: slice, tile: slice) -> torch.Tensor:
+def head_spread(head: Head, segment: slice) -> torch.Tensor:
     """The same of this head alone: a ranking for each query head."""
     return naive.importance(head.key[: segment.start], head.query[segment])
 
 
-def kv_mean(head: Head, segment: slice, tile: slice) -> torch.Tensor:
+def kv_mean(head: Head, segment: slice) -> torch.Tensor:
     """The paper's: one mean over the segment's queries of all heads that share the keys."""
     return head.key[: segment.start] @ head.queries[segment].mean((0, 1))
 
 
-def head_mean(head: Head, segment: slice, tile: slice) -> torch.Tensor:
-    """The mean over the segment's queries of this head alone."""
-    return head.key[: segment.start] @ head.query[segment].mean(0)
-
-
-def tile_mean(head: Head, segment: slice, tile: slice) -> torch.Tensor:
-    """The mean over the tile's queries: a ranking for each tile, not for each segment."""
-    return head.key[: segment.start] @ head.query[tile].mean(0)
-
-
-def pooled(head: Head, segment: slice, tile: slice) -> torch.Tensor:
-    """16 means over neighbouring queries of the segment, each of which spreads the same mass over the history.
-
-    A key is scored by the logarithm of the mass that it gets from all of them: the mean softmax of the sub-queries.
-    """
-    parts = head.query[segment].tensor_split(min(SUB_QUERIES, segment.stop - segment.start))
-    queries = torch.stack([part.mean(0) for part in parts])
-    return (queries @ head.key[: segment.start].T * head.scale).log_softmax(-1).logsumexp(0)
-
-
-def variance(head: Head, segment: slice, tile: slice) -> torch.Tensor:
-    """The logarithm of a key's mean weight, if queries are normally distributed and independent in each dimension."""
-    query, key = head.query[segment], head.key[: segment.start]
-    spread = query.var(0, correction=0)
-    return head.scale * (key @ query.mean(0)) + 0.5 * head.scale**2 * (key.square() @ spread)
-
-
-RANKINGS = {
-    "spread": spread, "headspread": head_spread, "mean": kv_mean, "head": head_mean, "tile": tile_mean,
-    "pooled": pooled, "variance": variance,
-}  # fmt: skip
-"""Scores of a segment's history, [history]: the higher, the earlier. `tile` is where the tile's rows are."""
+RANKINGS = {"spread": spread, "headspread": head_spread, "mean": kv_mean}
+"""Scores of a segment's history, [history]: the higher, the earlier."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +45,6 @@ class S2O(UnitRule):
 
     segment: int = 512
     ranking: str = "spread"
-    stop_rule: str = "worst_row"
     interval: int = 2
     """Key blocks before the first test of the stop rule."""
     growing: bool = True
@@ -92,13 +59,12 @@ class S2O(UnitRule):
     def layouts(self) -> Hashable:
         return "s2o", self.segment, self.ranking, self.num_classes, self.key_block
 
-    def order(self, head: Head, tile: Tile) -> torch.Tensor:
-        """The history of a tile's segment, most important keys first: [history] positions."""
-        start = tile.first // self.segment * self.segment
+    def order(self, head: Head, start: int) -> torch.Tensor:
+        """The history of the segment that begins at `start`, most important keys first: [start] positions."""
         segment = slice(start, min(start + self.segment, len(head.key)))
         if not start:
             return torch.zeros(0, dtype=torch.long, device=head.key.device)
-        scores = RANKINGS[self.ranking](head, segment, slice(tile.first, tile.end))
+        scores = RANKINGS[self.ranking](head, segment)
         if self.num_classes is None:
             return scores.argsort(descending=True)
         return naive.importance_classes(scores, self.num_classes).to(torch.uint8).argsort(stable=True)
@@ -109,7 +75,7 @@ class S2O(UnitRule):
         tiles = tiles_of(tokens, self.tile)
         visited = torch.zeros(len(tiles), tokens, dtype=torch.bool, device=head.key.device)
         for row, tile in zip(visited, tiles, strict=True):
-            order = self.order(head, tile)
+            order = self.order(head, tile.first // self.segment * self.segment)
             row[len(order) :] = True  # its own segment; what comes after a query is masked by causality
             at = torch.arange(tokens, device=order.device)
             logits = head.query[tile.first : tile.end] @ head.key.T * head.scale
@@ -124,7 +90,7 @@ class S2O(UnitRule):
                 row[keys] = True
                 gain = 1 - mass * torch.exp(m - softmax.m) / softmax.l
                 gain = gain.nan_to_num(0).clamp(min=0) / -(-len(keys) // self.key_block)
-                if (gain.max() if self.stop_rule == "worst_row" else gain.mean()) < value:
+                if gain.max() < value:
                     break
         return visited
 
@@ -144,25 +110,25 @@ class _Ranked(UnitSelection):
     def __init__(self, rule: S2O, head: Head):
         self.rule, self.head = rule, head
         self.thresholds = as_tensor(rule.values, head.key)
-        self.ranked: tuple[Tile, torch.Tensor] | None = None
-        """The last ranking, and the tile that it was made for."""
+        self.ranked: tuple[int, torch.Tensor] | None = None
+        """Where the last segment begins, and its ranking."""
 
     def layout(self, tile: Tile) -> Layout:
         rule = self.rule
         start = tile.first // rule.segment * rule.segment
-        # Tiles come in order: those of one segment share its ranking, unless it is made for each tile.
-        if self.ranked is None or self.ranked[0].first < start or rule.ranking == "tile":
-            self.ranked = tile, rule.order(self.head, tile)
+        # Tiles come in order, and those of one segment share its ranking.
+        if self.ranked is None or self.ranked[0] != start:
+            self.ranked = start, rule.order(self.head, start)
         computed = -(-(tile.end - start) // rule.key_block) * rule.key_block
         return Layout(start, self.ranked[1], rule.key_block, computed)
 
     def picks(self, tile: Tile, inside: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-        visited = stops(self.thresholds, inside, units, self.rule.step_ends(len(units)), self.rule.stop_rule)
+        visited = stops(self.thresholds, inside, units, self.rule.step_ends(len(units)))
         return torch.arange(len(units), device=units.device) < visited[:, None]
 
 
 def stops(
-    thresholds: torch.Tensor, inside: torch.Tensor, units: torch.Tensor, step_ends: Sequence[int], stop_rule: str
+    thresholds: torch.Tensor, inside: torch.Tensor, units: torch.Tensor, step_ends: Sequence[int]
 ) -> torch.Tensor:
     """Key blocks that a tile visits at each threshold, [thresholds] int64: all of them from the same running gains.
 
@@ -178,27 +144,24 @@ def stops(
     before = torch.cat([inside[None], after[:-1]])
     steps = ends.diff(prepend=ends.new_zeros(1))
     gain = (1 - before / after).nan_to_num(0).clamp(min=0) / steps[:, None]
-    judged = gain.amax(1) if stop_rule == "worst_row" else gain.mean(1)
-    stopped = judged < thresholds[:, None]
+    stopped = gain.amax(1) < thresholds[:, None]
     stopped[:, -1] = True  # at the end of the history
     return ends[stopped.int().argmax(1)]
 
 
 def named(name: str, sizes: Sequence[int] = (128, 64)) -> S2O:
-    """`s2o_SEGMENT`, then any of a ranking, `mean_row`, `firstN` key blocks before the first test, `everyN` key blocks
-    instead of growing steps, and `sorted` by score.
+    """`s2o_SEGMENT`, then any of a ranking, `firstN` key blocks before the first test, `everyN` key blocks instead of
+    growing steps, and `sorted` by score.
 
     Raises:
         ValueError: no such variant.
     """
     prefix, _, rest = name.partition("_")
-    segment, *words = rest.replace("mean_row", "mean-row").split("_")
+    segment, *words = rest.split("_")
     known: dict[str, Any] = {"segment": int(segment)} if prefix == "s2o" and segment.isdigit() else {}
     for word in words if known else ():
         if word in RANKINGS:
             known["ranking"] = word
-        elif word == "mean-row":
-            known["stop_rule"] = "mean_row"
         elif word.startswith("first") and word[5:].isdigit() and int(word[5:]):
             known["interval"] = int(word[5:])
         elif word.startswith("every") and word[5:].isdigit() and int(word[5:]):
@@ -211,7 +174,7 @@ def named(name: str, sizes: Sequence[int] = (128, 64)) -> S2O:
     if not known or not known["segment"] or known["segment"] % sizes[0]:
         raise ValueError(
             f"There is no method {name}: variants of S2O are s2o_SEGMENT, a multiple of {sizes[0]}, followed by any of "
-            f"{', '.join(f'_{word}' for word in RANKINGS)}, _mean_row, _firstN (key blocks before the first test), "
-            "_everyN (key blocks, not growing) and _sorted."
+            f"{', '.join(f'_{word}' for word in RANKINGS)}, _firstN (key blocks before the first test), _everyN "
+            "(key blocks, not growing) and _sorted."
         )
     return S2O(**known, tile=sizes[0], key_block=sizes[1])
