@@ -14,6 +14,8 @@ Arguments that only the device needs (sizes known to the host, workspace) are ac
 
 A *slot* is a token's place in the cache: block * block_size + offset in the block.
 
+The method's second step, another order of the queries inside a segment, is left out: it errs no less at equal density.
+
 What is not finite stays where dense attention would have it, row by row: a query's NaN in its row, a value's in the
 rows that see its key. It takes no part in a ranking, and a row that is NaN gains nothing, so that it holds no tile
 back.

@@ -118,7 +118,9 @@ def test_rows_are_at_the_threshold_of_the_shipped_config(table, capture):
 
 def test_density_and_error_are_what_the_thresholds_of_a_layer_give(table, modules, capture, monkeypatch):
     heads = [{"layers": 2, "heads": 0, "threshold": 0.3}]
-    settings = {"threshold": 0.1, "segment_len": 128, "stop_interval": 1, "layers": heads}
+    # Random weights attend to everything: few rows at a time, and few keys, find a stop.
+    rules = {"segment_len": 128, "tile_size": 16, "key_block": 16, "stop_interval": 1}
+    settings = {"threshold": 0.1, **rules, "layers": heads}
     monkeypatch.setattr(modules["captured"], "load_config", functools.partial(load_config, additional=settings))
     rows = table(capture, dense=())
     assert [row["threshold"] for row in rows] == ["0.10000", "0.1..0.3"]

@@ -350,7 +350,7 @@ def reports(monkeypatch):
     seen, again = [], prefill.attend_marked
 
     def watch(*args, **rules):
-        seen.append(args[10].clone())
+        seen.append(args[9].clone())
         again(*args, **rules)
 
     monkeypatch.setattr(prefill, "attend_marked", watch)

@@ -23,7 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dense end": dict(params=dict(threshold=0.4, dense_tail=30)),
     "long histories": dict(params=dict(threshold=0.6, reference_len=100)),
     "one half": dict(params=dict(threshold=0.3, tile_size=64, segment_len=64, key_block=32, stop_interval=1)),
-    "fp16": dict(params=dict(threshold=0.02), dtype=torch.float16, head_size=64),
+    "fp16": dict(params=dict(threshold=0.4), dtype=torch.float16, head_size=64),
     "bad numbers": dict(params=dict(threshold=0.0), bad=True),
     "heads apart": dict(params=dict(threshold=0.4), layout="head_major"),
     "head size 96, 16 classes": dict(params=dict(threshold=0.3, num_classes=16), head_size=96, layout="separate"),

@@ -11,7 +11,7 @@ from vllm_s2o.quality import cost
 from vllm_s2o.quality.capture import attention_inputs, dense_attention, open_model
 
 TOKENS = 700
-# Random weights attend to everything: few rows at a time, and their mean, find a stop.
+# Random weights attend to everything: few rows at a time, and few keys, find a stop.
 GIVEN = {"min_seq_len": 1, "segment_len": 128, "tile_size": 16, "key_block": 16}
 
 

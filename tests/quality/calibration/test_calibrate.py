@@ -14,7 +14,7 @@ from vllm_s2o.quality.calibration import Budget, CalibrationError, calibrate, cu
 from vllm_s2o.quality.capture import open_model
 
 TOKENS = 1024
-# Random weights attend to everything: few rows at a time, and their mean, find a stop.
+# Random weights attend to everything: few rows at a time, and few keys, find a stop.
 RULES = {"tile_size": 16, "key_block": 16, "stop_interval": 1}
 SMALL = dict(texts=["prose"], num_tokens=TOKENS, segment_lens=[128], additional=RULES)
 

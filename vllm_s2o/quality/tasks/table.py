@@ -53,7 +53,8 @@ class Row:
 
 
 def rows(answers: Answers, backends: Sequence[str], groups: dict[Group, int]) -> list[Row]:
-    """All rows that the answers give: tasks by length, their average at each length, and that over all lengths.
+    """All rows that the answers give: tasks by length, and their average at each length; then each task, and the
+    average, over all lengths, of which each counts the same.
 
     Args:
         groups: the number of samples by task and length.
@@ -63,8 +64,10 @@ def rows(answers: Answers, backends: Sequence[str], groups: dict[Group, int]) ->
     found = []
     for length in every:
         mine = [group for group in groups if length in (ALL, group[1])]
-        sets = [] if length == ALL else [(group[0], [group]) for group in mine]
-        if len(mine) > 1 and (length != ALL or len(lengths) > 1):
+        if length == ALL and len(lengths) == 1:
+            continue
+        sets = [(task, [g for g in mine if g[0] == task]) for task in dict.fromkeys(task for task, _ in mine)]
+        if len(sets) > 1:
             sets.append((AVERAGE, mine))
         for task, some in sets:
             found += [_row(answers, backend, task, length, some, groups, backends) for backend in backends]
@@ -111,9 +114,10 @@ def summary(found: Sequence[Row], tries: int = 0) -> str:
     if compared:
         worse = [f"{row.task} at {row.length}" for row, _ in tasks if row.worse]
         proven = sum(difference.low > -ALLOWED for _, difference in tasks)
+        certain = [f"{row.task} at {row.length}" for row, difference in tasks if difference.high < -ALLOWED]
         lines.append(
-            f"Worse than {REFERENCE} by more than {ALLOWED:g} points: {', '.join(worse) or 'none'}; the interval of "
-            f"{proven} of {len(tasks)} differences excludes it."
+            f"Worse than {REFERENCE} by more than {ALLOWED:g} points: {', '.join(worse) or 'none'}, with certainty "
+            f"{', '.join(certain) or 'none'}; the interval of {proven} of {len(tasks)} differences excludes it."
         )
         lines.append(f"Average over tasks: {_difference(compared[-1][1])}.")
     if tries:
