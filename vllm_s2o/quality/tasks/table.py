@@ -41,7 +41,7 @@ class Row:
     @property
     def worse(self) -> bool:
         """Whether more is lost than may be, as far as the mean says."""
-        return self.difference is not None and self.difference.mean < -ALLOWED
+        return self.difference is not None and round(self.difference.mean, 6) < -ALLOWED
 
     def cells(self, model: str) -> tuple[object, ...]:
         compared: tuple[object, ...] = ("", "", "", "")
