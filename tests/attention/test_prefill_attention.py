@@ -1,5 +1,6 @@
 """The public function: dense at threshold 0, the same on every path, and clear about bad arguments."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,12 @@ SPARSE = S2OParams(dense_tail=0, threshold=0.05, segment_len=64, tile_size=32, k
 
 # Triton's interpreter computes on NumPy arrays, which know no bfloat16.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
+
+
+def at_length(implementation, *more):
+    """A case of which others of the same test tell most: where Triton is interpreted, only the long tests have it."""
+    slow = implementation == "triton" and DEVICE.type == "cpu"
+    return pytest.param(implementation, *more, marks=[pytest.mark.long] * slow)
 
 
 def dtypes(implementation):
@@ -57,8 +64,10 @@ def test_gqa_ratios(implementation, heads):
     assert (out - exact).abs().max() <= bar
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("implementation", "layout"),
+    [at_length(*case) if case[1] != "joined_blocks" else case for case in itertools.product(IMPLEMENTATIONS, LAYOUTS)],
+)
 def test_sparse_equals_the_oracle(implementation, layout):
     """Ranking, order of visits and stops included: any difference in a stop shows in the visited pairs."""
     case = make_case([200, 64], [300, 130], layout=layout, num_heads=6, num_kv_heads=2, head_size=64)
@@ -93,8 +102,13 @@ def test_budget_visits_its_share(implementation):
     assert stats.visited_pairs[0].tolist() == [inside + sum(64 * h // 4 for h in (64, 128, 192))] * 4
 
 
-@pytest.mark.parametrize("rule", [dict(threshold=0.3), dict(budget=0.1)])
-@pytest.mark.parametrize("implementation", ["naive", *IMPLEMENTATIONS])
+@pytest.mark.parametrize(
+    ("implementation", "rule"),
+    [
+        *(case for case in itertools.product(["naive", *IMPLEMENTATIONS], [dict(threshold=0.3)])),
+        *(at_length(*case) for case in itertools.product(["naive", *IMPLEMENTATIONS], [dict(budget=0.1)])),
+    ],
+)
 def test_the_end_of_a_prompt_attends_to_everything(implementation, rule):
     """To whole tiles, wherever chunks end; before it nothing changes."""
     case = make_case([300, 150, 40], [300, 350, 150])

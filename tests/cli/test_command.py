@@ -185,6 +185,7 @@ def test_doctor_finds_what_a_server_would(environment, place):
     assert sorted(place.rglob("*")) == before
 
 
+@pytest.mark.long
 def test_doctor_sees_that_the_plugin_is_not_allowed(environment, place):
     ended = environment.run("doctor", "--json", cwd=place, VLLM_PLUGINS="lora_filesystem_resolver")
     assert ended.returncode == 1
@@ -193,6 +194,7 @@ def test_doctor_sees_that_the_plugin_is_not_allowed(environment, place):
     assert found["advice"] == "unset VLLM_PLUGINS, which is 'lora_filesystem_resolver', or add s2o to it."
 
 
+@pytest.mark.long
 def test_doctor_tells_of_what_the_plugin_refuses(environment, place):
     write_smollm2(
         place / "latent", architectures=["DeepseekV2ForCausalLM"], model_type="deepseek_v2", num_key_value_heads=9,

@@ -52,6 +52,7 @@ def test_the_end_of_a_prompt_is_dense(llama, witness):
             assert without[at].visited < row.visited <= row.causal
 
 
+@pytest.mark.long
 def test_thresholds_fall_with_length_alike_in_chunks(llama, witness):
     """By the place of a segment, not by what a step holds of a prompt: chunks that end with segments change nothing."""
 

@@ -19,7 +19,9 @@ def blocks_in_use(llm) -> int:
     return pool.num_gpu_blocks - pool.get_num_free_blocks() - 1  # one stands for none
 
 
-@pytest.mark.parametrize("s2o", [EXACT, SPARSE], ids=["exact", "sparse"])
+@pytest.mark.parametrize(
+    "s2o", [pytest.param(EXACT, id="exact", marks=pytest.mark.long), pytest.param(SPARSE, id="sparse")]
+)
 def test_a_cached_prefix(llama, witness, s2o):
     """A new suffix on a cached prefix is what a cold run of the same cuts computes, and errs as a run at once does."""
     question = PREFIX + SUFFIX

@@ -63,7 +63,9 @@ def test_drafted_tokens_are_verified_dense(llama, witness):
     assert {row.query_len for row in witness.take().rows} == {600, 350}
 
 
-@pytest.mark.parametrize("decodes", [None, EXACT], ids=["dense", "s2o"])
+@pytest.mark.parametrize(
+    "decodes", [pytest.param(None, id="dense", marks=pytest.mark.long), pytest.param(EXACT, id="s2o")]
+)
 def test_keys_and_values_from_another_engine(llama, tmp_path, decodes):
     """One engine prefills with S2O and stores what it computed, another one goes on from there."""
     prompt = tokens(1000, 10)

@@ -42,11 +42,12 @@ def reasons(told: list[str]) -> set[tuple[str, str]]:
     return {(line[1], layer) for line in found if line for layer in line[2].split(",")}
 
 
-LIKE_LLAMA = ("mistral", "qwen2")
+LIKE_LLAMA = ("llama", "mistral", "qwen2")
+"""Llama is what all other tests of engines run; what they say of it holds for these."""
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.long] * (kind in LIKE_LLAMA)) for kind in MODELS]
+    "kind", [pytest.param(kind, marks=[pytest.mark.long] * (kind in LIKE_LLAMA and engines.CPU)) for kind in MODELS]
 )
 def test_models(kind, tmp_path, witness, told):
     if kind == "qwen3_moe" and not engines.CPU:

@@ -432,9 +432,10 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "processes",
-    [pytest.param("1", id="an engine process", marks=pytest.mark.long), pytest.param("0", id="in the program")],
+    [pytest.param("1", id="an engine process"), pytest.param("0", id="in the program")],
 )
 def test_a_program_reads_its_figures(small, tmp_path, processes):
     from serving import KV_CACHE, SHARE

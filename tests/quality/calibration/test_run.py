@@ -88,6 +88,7 @@ def test_another_seed_looks_at_other_tiles(checkpoint, calibrated, tmp_path):
     assert other.density == pytest.approx(found.density, rel=0.2)
 
 
+@pytest.mark.long
 def test_runs_for_a_divergence_are_not_run_again(checkpoint, tmp_path, monkeypatch):
     out, ran, real = tmp_path / "a.yaml", [], cost.measure
 
@@ -160,7 +161,11 @@ def test_a_text_that_is_too_short_is_told(checkpoint, tmp_path, text, tokens):
     "budget, said",
     [
         (Budget(max_relative_error=1e-12), "No layer can be sparse within this budget: nothing is written; "),
-        (Budget(max_logit_kl=1e-12), "No thresholds kept the divergence of logits at 1e-12 or below in "),
+        pytest.param(
+            Budget(max_logit_kl=1e-12),
+            "No thresholds kept the divergence of logits at 1e-12 or below in ",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_budgets_that_turn_out_impossible_are_told(checkpoint, tmp_path, budget, said):

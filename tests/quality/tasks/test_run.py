@@ -85,6 +85,7 @@ def rows(path) -> list[dict[str, str]]:
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_prompts_that_other_processes_make_are_the_same(framing):
     """In whatever order they are asked for, more of them than were announced, and a failure where it is asked for."""
     ahead, plain = Sources(framing, 3, processes=1), Sources(framing, 3)
