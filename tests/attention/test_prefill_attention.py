@@ -180,7 +180,7 @@ def test_chunks_at_segment_borders_change_nothing(implementation):
             assert torch.equal(chunk, whole[begin:end])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", map(at_length, IMPLEMENTATIONS))
 def test_neighbours_do_not_matter(implementation):
     together = make_case([130, 70, 200], [130, 170, 200])
     batch = prefill_attention(**together.arguments, params=SPARSE, implementation=implementation)

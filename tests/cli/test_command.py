@@ -114,9 +114,9 @@ def servers(line: str) -> bool:
 
 
 def marked(line: str):
-    """Lines that run a whole model, some of them many times over, are for `make soak`."""
+    """Lines that run a whole model, some of them many times over, or load all of vLLM, are for `make soak`."""
     command = line.split()[1]
-    whole = command in ("calibrate", "evaluate") or (command == "report" and "--results" not in line)
+    whole = command in ("calibrate", "doctor", "evaluate") or (command == "report" and "--results" not in line)
     return pytest.param(line, marks=pytest.mark.long) if whole else line
 
 

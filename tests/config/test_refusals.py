@@ -202,13 +202,23 @@ WORST = {
 }
 
 
-@pytest.mark.parametrize("text, words", [(w[0], w[1:]) for w in WORST.values()], ids=WORST)
+SLOWEST = ("wrong numbers", "objects", "fields")
+"""Among the largest files: each takes seconds, and "lines" does what they do."""
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        pytest.param(text, words, id=name, marks=[pytest.mark.long] * (name in SLOWEST))
+        for name, (text, *words) in WORST.items()
+    ],
+)
 def test_the_largest_files_take_little(write, text, words):
     """Of a file as large as one may be: seconds of this process, and memory."""
     assert len(text) <= yaml_file.MAX_BYTES
     path = write(text)
     start = time.process_time()
-    if words == (None,):
+    if words == [None]:
         assert load_config(OTHER, path).file.provenance.note == "x" * FULL
     else:
         assert_names(refusal(path), "my.yaml", *words)

@@ -15,6 +15,10 @@ def letters(given: str, verbose: bool = True) -> SimpleNamespace:
     return SimpleNamespace(input_ids=[given[at : at + 4] for at in range(0, len(given), 4)])
 
 
+# Each is made of the whole standard library, which takes seconds.
+SOURCES = [pytest.param(name, marks=[pytest.mark.long] * (name in ("dialogue", "tables"))) for name in text.SOURCES]
+
+
 def test_code_is_the_standard_library_in_the_order_of_its_paths():
     names = [name for name, _ in text.library()]
     assert names == sorted(names)
@@ -69,7 +73,7 @@ def test_tables_have_whole_rows_and_go_on_in_unicode():
     assert "U+00BD,VULGAR FRACTION ONE HALF,No,ON,0.5" in points
 
 
-@pytest.mark.parametrize("source", text.SOURCES)
+@pytest.mark.parametrize("source", SOURCES)
 def test_the_parts_of_a_text_have_every_other_piece(source):
     whole, chosen, held_out = (
         list(itertools.islice(text.pieces(source, split), 20)) for split in (None, "choosing", "held-out")
@@ -90,7 +94,7 @@ def test_the_parts_of_ones_own_text_are_its_halves(tmp_path):
         text.first_tokens(letters, "code", 1, "test")
 
 
-@pytest.mark.parametrize("source", text.SOURCES)
+@pytest.mark.parametrize("source", SOURCES)
 def test_a_text_has_as_many_tokens_as_asked_for_and_a_longer_one_begins_the_same(source):
     short, long = (text.first_tokens(letters, source, count) for count in (50, 3000))
     assert (len(short), len(long)) == (50, 3000)
