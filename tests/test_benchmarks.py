@@ -59,7 +59,7 @@ class Server:
 
     def ask(self, prompt: str) -> str:
         for density in self.densities.get(prompt, []):
-            line = f"s2o: prefill query={prompt} seq={prompt} density={density:.3f} sparse_layers=2/3 | total pairs=1/2"
+            line = f"s2o: prefill query={prompt} seq={prompt} density={density:.3f} sparse_layers=2/3 | total pairs=1/2 process=7"
             self.log += f"INFO {line}\n"
         return "It is 12345."
 
@@ -150,7 +150,7 @@ class Bench:
         self.causal += tokens**2 // 2
         return (
             f"INFO s2o: prefill query={tokens // 2} seq={tokens} density=0.100 sparse_layers=2/2 | total steps=9 "
-            f"tokens=9 density=0.999 pairs={self.visited}/{self.causal}\n"
+            f"tokens=9 density=0.999 pairs={self.visited}/{self.causal} process=7\n"
         )
 
     def bench_serve(self, command, **_):

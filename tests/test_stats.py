@@ -1,6 +1,7 @@
 """Steps counted layer by layer, and told to the log no more often than it bears."""
 
 import contextlib
+import os
 import threading
 import time
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from vllm_s2o.stats import Laps, Reporter, Step
-from vllm_s2o.step_log import Prefill, Totals, prefills
+from vllm_s2o.step_log import Prefill, Totals, pairs, prefills
 
 
 def step(query_lens=(100, 50), seq_lens=(300, 50), causal_pairs=(800, 200), num_layers=3, **fields) -> Step:
@@ -59,7 +60,7 @@ def test_a_line_says_all(clock):
     reporter.finish(counted)
     assert lines == [
         "s2o: prefill query=100,50 seq=300,50 density=0.500 sparse_layers=2/3 | "
-        "total steps=1 tokens=150 density=0.500 pairs=2000/4000"
+        f"total steps=1 tokens=150 density=0.500 pairs=2000/4000 process={os.getpid()}"
     ]
 
 
@@ -68,9 +69,28 @@ def test_a_line_is_read_back(clock):
     Reporter(lines.append).tell(*finished(1500))
     Reporter(lines.append).tell(step(), None)
     assert prefills("\n".join(["INFO something else", *lines, ""])) == [
-        Prefill((100,), (100,), 0.75, 1, 1, 1500, 2000),
-        Prefill((100, 50), (300, 50), 1.0, 0, 3, 0, 0),
+        Prefill((100,), (100,), 0.75, 1, 1, 1500, 2000, os.getpid()),
+        Prefill((100, 50), (300, 50), 1.0, 0, 3, 0, 0, os.getpid()),
     ]
+
+
+def test_totals_of_several_processes_add_up(clock, monkeypatch):
+    """Engines of a data-parallel server, or stages of a pipeline, write one log."""
+    lines, reporters = [], {process: Reporter(lambda line: lines.append(line + "\n")) for process in (7, 8)}
+
+    def tell(process, visited):
+        monkeypatch.setattr(os, "getpid", lambda: process)
+        clock[0] += 1
+        reporters[process].tell(*finished(visited))
+
+    for process, visited in ((7, 1000), (8, 100), (7, 300)):
+        tell(process, visited)
+    since = len("".join(lines))
+    assert pairs("".join(lines)) == (1400, 6000)
+    for process, visited in ((7, 200), (8, 10), (7, 20), (8, 5)):
+        tell(process, visited)
+    assert pairs("".join(lines), since) == (235, 8000)
+    assert pairs("nothing") == (0, 0)
 
 
 def test_a_batch_of_many_rows_stays_short(clock):
@@ -92,7 +112,7 @@ def test_lines_keep_a_distance_and_totals_miss_nothing(clock):
     reporter.tell(*finished(1200, tokens=7))
     assert len(lines) == 2
     assert "query=7 seq=7 density=0.600" in lines[1]
-    assert lines[1].endswith("total steps=4 tokens=307 density=0.300 pairs=2400/8000")
+    assert "total steps=4 tokens=307 density=0.300 pairs=2400/8000 process=" in lines[1]
     assert reporter.totals == Totals(steps=4, tokens=307, visited=2400, causal=8000)
 
 
@@ -132,7 +152,7 @@ def test_nearly_all_pairs_are_not_all_of_them(clock):
     reporter.tell(*finished(1_999_998, causal=1_000_000))
     reporter.tell(*finished(2_000_000, causal=1_000_000))
     assert [step.density for step in prefills("\n".join(lines))] == [0.999, 1.0]
-    assert [line.split(" ")[-2] for line in lines] == ["density=0.999", "density=0.999"]
+    assert [line.split(" ")[-3] for line in lines] == ["density=0.999", "density=0.999"]
 
 
 def test_a_step_of_dense_layers_alone(clock):

@@ -3,6 +3,7 @@
 Without PyTorch, which takes two seconds to import: the command line reads logs too.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -41,7 +42,7 @@ def step_line(
     return (
         f"s2o: prefill query={_numbers(query_lens)} seq={_numbers(seq_lens)} density={density(visited, causal):.3f} "
         f"sparse_layers={sparse}/{layers} | total steps={totals.steps} tokens={totals.tokens} "
-        f"density={totals.density:.3f} pairs={totals.visited}/{totals.causal}"
+        f"density={totals.density:.3f} pairs={totals.visited}/{totals.causal} process={os.getpid()}"
     )
 
 
@@ -56,11 +57,14 @@ class Prefill(NamedTuple):
     num_layers: int
     visited: int
     causal: int
-    """Pairs of all steps so far, those that were not logged too."""
+    """Pairs of all steps of its process so far, those that were not logged too."""
+    process: int
+    """Of several engines, or stages of one, each has its own totals."""
 
 
 _LINE = re.compile(
     r"s2o: prefill query=(\S+) seq=(\S+) density=([0-9.]+) sparse_layers=(\d+)/(\d+) \|.* pairs=(\d+)/(\d+)"
+    r" process=(\d+)"
 )
 
 
@@ -69,8 +73,7 @@ def prefills(log: str) -> list[Prefill]:
     found = []
     for query, seq, density, *numbers in _LINE.findall(log):
         query_lens, seq_lens = (tuple(int(n) for n in re.findall(r"\d+", text)) for text in (query, seq))
-        sparse, layers, visited, causal = map(int, numbers)
-        found.append(Prefill(query_lens, seq_lens, float(density), sparse, layers, visited, causal))
+        found.append(Prefill(query_lens, seq_lens, float(density), *map(int, numbers)))
     return found
 
 
@@ -80,6 +83,9 @@ def pairs(log: str, since: int = 0) -> tuple[int, int]:
     By the running totals: of steps that follow each other closely only the last one has a line. Both are 0 where no
     step is told of.
     """
-    steps, earlier = prefills(log), prefills(log[:since])
-    visited, causal = (earlier[-1].visited, earlier[-1].causal) if earlier else (0, 0)
-    return (steps[-1].visited - visited, steps[-1].causal - causal) if steps else (0, 0)
+    now, before = ({step.process: step for step in prefills(text)} for text in (log, log[:since]))
+    visited, causal = (
+        sum(getattr(step, kind) for step in now.values()) - sum(getattr(step, kind) for step in before.values())
+        for kind in ("visited", "causal")
+    )
+    return visited, causal

@@ -11,7 +11,7 @@ from vllm_s2o.cli.vllm_bench import BenchError
 
 LINE = (
     "INFO s2o: prefill query=9000 seq=9000 density=0.250 sparse_layers=2/2 | total steps=1 tokens=9000 density=0.250 "
-    "pairs=25/100\n"
+    "pairs=25/100 process=7\n"
 )
 
 

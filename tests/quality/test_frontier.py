@@ -161,6 +161,31 @@ def test_sweeps_with_other_settings_are_not_mixed(checkpoint, whole, changes, sa
     assert lines(out) == before
 
 
+def test_sweeps_of_another_commit_are_not_mixed(checkpoint, whole, monkeypatch):
+    monkeypatch.setattr(module, "commit_name", lambda machine: "another")
+    with pytest.raises(FrontierError, match=r"^The sweeps in .*jsonl have other commit: remove it, or name another "):
+        run_small(checkpoint, whole[0])
+
+
+def test_a_file_that_changed_is_swept_anew(checkpoint, tmp_path, measured):
+    text, out = tmp_path / "mine.txt", tmp_path / "frontier.csv"
+    for words in ("red", "green", "green"):
+        text.write_text(f"The {words} house stands by the road, and nobody lives in it. " * 400)
+        run_small(checkpoint, out, layers=[0], texts=[str(text)], methods=["pbs"])
+    assert len(measured) == 2
+
+
+def test_each_of_the_last_tiles_is_looked_at_equally_often():
+    """A dense end is one of them, and its share of the pairs is that of all tiles."""
+    last = [
+        module.looked_at(8192, 8, text, layer, layer + module.TURN * place)[-1]
+        for place, text in enumerate(module.SOURCES) for layer in range(30)
+    ]  # fmt: skip
+    assert {tile: last.count(tile) for tile in last} == dict.fromkeys(range(56, 64), 15)
+    assert module.looked_at(8192, 1, "code", 0, 0) is None
+    assert [module.looked_at(300, 8, "code", 0, turn) for turn in (0, 5)] == [[0, 1, 2]] * 2
+
+
 def test_the_parts_of_a_text_are_different(checkpoint):
     source = open_model(checkpoint, TOKENS)
     for text in module.SOURCES:

@@ -99,10 +99,11 @@ def test_a_threshold_of_0_is_dense_attention(swept, name):
 
 @pytest.mark.parametrize("implementation", ["naive", "cpu"])
 @pytest.mark.parametrize("interval", [1, 2])
-def test_s2o_stops_where_the_kernels_stop(inputs, implementation, interval):
+@pytest.mark.parametrize("more", [{}, {"dense_tail": 40, "reference_len": 100}], ids=["plain", "as-shipped"])
+def test_s2o_stops_where_the_kernels_stop(inputs, implementation, interval, more):
     """For each threshold the same pairs and the same output as `prefill_attention`, from one pass over the history."""
     tokens, page = len(inputs.key), 16
-    rule = S2O(64, interval=interval, values=(0.0, 0.003, 0.02, 0.1), **SMALL)
+    rule = S2O(64, interval=interval, values=(0.0, 0.003, 0.02, 0.1), **SMALL, **more)
     pages = -(-tokens // page)
     caches = [
         torch.cat([t, t.new_zeros(pages * page - tokens, *t.shape[1:])]).unflatten(0, (pages, page))
@@ -118,8 +119,9 @@ def test_s2o_stops_where_the_kernels_stop(inputs, implementation, interval):
             inputs.query, *caches, block_table=torch.arange(pages, dtype=torch.int32)[None],
             query_start_loc=torch.tensor([0, tokens], dtype=torch.int32),
             seq_lens=torch.tensor([tokens], dtype=torch.int32), scale=inputs.scale, return_stats=True,
-            params=S2OParams(dense_tail=0,
+            params=S2OParams(
                 threshold=threshold, segment_len=64, tile_size=TILE, key_block=16, stop_interval=interval,
+                **{"dense_tail": 0, **more},
             ),
             implementation=implementation,
         )  # fmt: skip
@@ -209,12 +211,14 @@ def test_methods_have_names(name):
 def test_variants_of_s2o_have_names():
     assert method("s2o_512") == S2O()
     assert method("s2o_256_mean_first1") == S2O(256, "mean", interval=1)
-    assert method("s2o_256_first1") == S2O(256, interval=1)
+    assert method("s2o_256_first1_tail64_ref8192") == S2O(256, interval=1, dense_tail=64, reference_len=8192)
     assert method("s2o_256_every1_sorted") == S2O(256, interval=1, growing=False, num_classes=None)
     assert method("s2o_256").layouts == method("s2o_256_every2").layouts != method("s2o_256_mean").layouts
 
 
-@pytest.mark.parametrize("name", ["s2o", "s2o_", "s2o_100", "s2o_0", "s2o_256_best", "s2o_256_every0", "dense", ""])
+@pytest.mark.parametrize(
+    "name", ["s2o", "s2o_", "s2o_100", "s2o_0", "s2o_256_best", "s2o_256_every0", "s2o_256_tail", "dense", ""]
+)
 def test_what_is_no_method_is_told_in_a_sentence(name):
     with pytest.raises(ValueError, match=rf"^There is no method {name}: variants of S2O are .*Others are pbs, "):
         method(name)

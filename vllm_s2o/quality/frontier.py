@@ -14,12 +14,13 @@ them.
 
 import argparse
 import csv
+import hashlib
 import importlib.util
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from vllm_s2o.cli.environment import write_made
+from vllm_s2o.cli.environment import commit_name, describe, write_made
 
 from .calibration.curves import sample
 from .capture import CaptureError, Layer, Source, checked_layers, open_model, visit_layers
@@ -31,9 +32,11 @@ from .sweep import FIGURES, sweep
 from .text import SOURCES, SPLITS
 
 METHODS = (
-    "s2o_256_first1", "s2o_256", "s2o_512", "s2o_256_mean", "s2o_256_mean_every4", "s2o_256_headspread",
+    "s2o_256_first1", "s2o_256_first1_tail64_ref8192", "s2o_256", "s2o_512", "s2o_512_tail128_ref8192",
+    "s2o_256_mean", "s2o_256_mean_every4", "s2o_256_headspread",
     "pbs", "block_mean", "flashprefill", "xattention", "flexprefill", "top_k", "top_p",
 )  # fmt: skip
+"""The second and the fifth are what ships, for SmolLM2 and for models without a file of their own."""
 
 COLUMNS = ("model", "seq_len", "split", "layer", "method", *FIGURES)
 
@@ -42,9 +45,32 @@ ALL = "all"
 TILE = 128
 """Queries that a method selects for together."""
 
+TURN = 2
+"""How much further each text's turns begin than those of the text before it: of 30 layers and 4 texts, each of the last
+8 tiles is looked at in 15."""
+
 
 class FrontierError(RuntimeError):
     """Why there is no table, in one sentence."""
+
+
+def looked_at(num_tokens: int, every: int, text: str, layer: int, turn: int) -> list[int] | None:
+    """Tiles of a layer that all rules are judged on; None for all.
+
+    By chance, but for the last run of neighbours, whose tiles take turns: a prompt's end, which some rules visit
+    densely, is one tile of many, and must have its share exactly.
+    """
+    if every == 1:
+        return None
+    chosen = sample(num_tokens, TILE, 0, text, layer, every)
+    tiles = -(-num_tokens // TILE)
+    last = tiles - tiles * (len(chosen) - 1) // len(chosen)
+    return [*chosen[:-1], tiles - 1 - turn % last]
+
+
+def key_of(text: str, ids: Sequence[int]) -> str:
+    """What a text is kept under. A file of one's own may have changed since."""
+    return text if text in SOURCES else f"{text} {hashlib.sha256(str(list(ids)).encode()).hexdigest()[:12]}"
 
 
 def measure(
@@ -58,7 +84,8 @@ def measure(
     """
     from tqdm import tqdm
 
-    left = {text: [layer for layer in layers if (text, layer) not in parts.done] for text in prompts}
+    keys = {text: key_of(text, ids) for text, ids in prompts.items()}
+    left = {text: [layer for layer in layers if (keys[text], layer) not in parts.done] for text in prompts}
     if not any(left.values()):
         return
     model = source.load()
@@ -67,15 +94,16 @@ def measure(
     # Pairs, not tiles: the later a tile the longer it takes. What is left is told by the mean pace, not the last one.
     shown = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left"
     with tqdm(total=pairs, bar_format=shown, smoothing=0) as bar:
-        for text, ids in prompts.items():
+        for place, (text, ids) in enumerate(prompts.items()):
             bar.set_description(f"{text}: running the model")
 
-            def visit(layer: Layer, text: str = text) -> None:
+            def visit(layer: Layer, text: str = text, place: int = place) -> None:
                 bar.set_description(f"{text}, layer {layer.index}")
                 query, key, value = (t.to(model.device) for t in (layer.query, layer.key, layer.value))
-                chosen = None if every == 1 else sample(len(layer.query), TILE, 0, text, layer.index, every)
+                turn = layers.index(layer.index) + TURN * place
+                chosen = looked_at(len(layer.query), every, text, layer.index, turn)
                 swept = sweep(query, key, value, layer.scale, rules, tile_size=TILE, chosen=chosen, progress=bar.update)
-                parts.add(text, layer.index, as_lists(swept))
+                parts.add(keys[text], layer.index, as_lists(swept))
                 bar.set_description(f"{text}: running the model")
 
             if left[text]:
@@ -163,7 +191,8 @@ def frontier(
     prompts = {text: source.prompt(text, num_tokens, split) for text in texts}
     settings = {
         "model": model, "tokens": num_tokens, "split": split, "context extension": source.rope_factor, "every": every,
-        "methods": {name: rule.values for name, rule in rules.items()},
+        "methods": {name: {**vars(rule), "values": rule.values} for name, rule in rules.items()},
+        "commit": commit_name(describe()),
         "Python": ".".join(map(str, sys.version_info[:3])),  # whose texts they are
     }  # fmt: skip
     try:
@@ -171,13 +200,14 @@ def frontier(
     except JournalError as error:
         raise FrontierError(str(error)) from error
     measure(source, parts, prompts, layers, rules, every)
+    keys = [key_of(text, ids) for text, ids in prompts.items()]
     common = (Path(model).resolve().name, num_tokens, split)
     try:
-        write(out, rows(parts, rules, texts, layers, common))
-        write_made(out, {"texts": texts, "layers": list(layers), **settings})
+        write(out, rows(parts, rules, keys, layers, common))
+        write_made(out, {"texts": keys, "layers": list(layers), **settings})
     except OSError as error:
         raise FrontierError(f"Cannot write {out}: {error.strerror}.") from error
-    return {name: curve(parts, name, texts, layers) for name in rules}
+    return {name: curve(parts, name, keys, layers) for name in rules}
 
 
 def draw(curves: dict[str, Curve], title: str, out: Path) -> None:

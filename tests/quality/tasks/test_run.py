@@ -7,6 +7,7 @@ import sys
 import pytest
 from fake_api import FakeApi
 
+from vllm_s2o.config import ResolvedConfig
 from vllm_s2o.quality.tasks import backends, client, command, longbench, run, suite, table
 from vllm_s2o.quality.tasks.answers import Answers
 from vllm_s2o.quality.tasks.backends import Backend
@@ -25,7 +26,7 @@ def simple(index: int, ids=(1, 2, 3)) -> Prompt:
 def told(tokens: int, visited: int, causal: int) -> str:
     return (
         f"INFO s2o: prefill query={tokens} seq={tokens} density=0.5 sparse_layers=2/3 | total steps=1 tokens={tokens} "
-        f"density=0.5 pairs={visited}/{causal}\n"
+        f"density=0.5 pairs={visited}/{causal} process=7\n"
     )
 
 
@@ -148,7 +149,7 @@ def test_the_table(checkpoint, served, tmp_path):
     assert (
         "Worse than dense by more than 2 points: niah_single_1 at 1600, niah_multivalue at 1600, niah_single_1 " in said
     )
-    assert "the interval of 0 of 6 differences excludes it." in said
+    assert "the interval of 0 of 4 differences excludes it." in said
     assert "Average over tasks: -50.0 points (" in said and "made again: 3." in said
 
 
@@ -234,6 +235,18 @@ def test_answers_under_other_settings_are_not_mixed(checkpoint, served, tmp_path
     ):
         small(checkpoint, out, **changes)
     assert out.with_name("a.csv.parts.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("changed", ["config", "commit"])
+def test_answers_of_another_config_or_commit_are_not_mixed(checkpoint, served, tmp_path, monkeypatch, changed):
+    out = tmp_path / "a.csv"
+    small(checkpoint, out, samples=[1], tasks=["vt"])
+    if changed == "config":
+        monkeypatch.setattr(ResolvedConfig, "digest", lambda self: "0123456789ab")
+    else:
+        monkeypatch.setattr(run, "commit_name", lambda machine: "another")
+    with pytest.raises(TaskError, match=rf"^The answers in .*jsonl have other {changed}: remove it, or name another"):
+        small(checkpoint, out, samples=[1], tasks=["vt"])
 
 
 def test_files_that_cannot_be_used_are_told_in_a_sentence(tmp_path):

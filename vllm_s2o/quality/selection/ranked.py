@@ -1,11 +1,11 @@
 """S2O's rule (arXiv 2602.22575) and its variants: the history in ranked order, until a step gains too little.
 
 A variant differs in how keys are scored, in what they are sorted by, or in how often gains are judged. What
-ships is `kernels/naive.py`. `S2O()` with the parameters of an `S2OParams` selects the same, but for `dense_tail` and
-`reference_len`, of which a rule knows nothing: each of its tiles may stop, at one threshold for all lengths.
+ships is `kernels/naive.py`; `S2O()` with the parameters of an `S2OParams` selects the same.
 """
 
 import math
+import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from vllm_s2o.kernels import naive
+from vllm_s2o.plan import WHOLE, threshold_share
 
 from .rule import Head, Layout, Tile, UnitRule, UnitSelection, as_tensor, tiles_of
 
-TAUS = (0.0, *(round(2e-4 * 1.55**step, 6) for step in range(18)))
-"""Thresholds of a sweep, up to 0.34."""
+TAUS = (0.0, *(round(2e-4 * 1.55**step, 6) for step in range(20)))
+"""Thresholds of a sweep, up to 0.83."""
 
 
 def spread(head: Head, segment: slice) -> torch.Tensor:
@@ -51,6 +52,10 @@ class S2O(UnitRule):
     """As shipped: steps grow with what was visited. Otherwise all have `interval` key blocks."""
     num_classes: int | None = 32
     """Importance classes, inside which keys stay in the order of positions; None: sorted by score."""
+    dense_tail: int = 0
+    """Tokens at the end whose tiles visit everything."""
+    reference_len: int | None = None
+    """Keys before a segment for which the thresholds hold: after longer histories they are less."""
     tile: int = 128
     key_block: int = 64
     values: tuple[float, ...] = TAUS
@@ -68,6 +73,12 @@ class S2O(UnitRule):
         if self.num_classes is None:
             return scores.argsort(descending=True)
         return naive.importance_classes(scores, self.num_classes).to(torch.uint8).argsort(stable=True)
+
+    def share(self, tile: Tile, tokens: int) -> float:
+        """What holds of the thresholds in a tile; 0 where it visits everything."""
+        if self.dense_tail and tile.end > tokens - self.dense_tail:
+            return 0.0
+        return threshold_share(tile.first // self.segment * self.segment, self.reference_len) / WHOLE
 
     def select(self, head: Head, value: float) -> torch.Tensor:
         """Step by step, with the online softmax of the kernels' oracle."""
@@ -90,7 +101,7 @@ class S2O(UnitRule):
                 row[keys] = True
                 gain = 1 - mass * torch.exp(m - softmax.m) / softmax.l
                 gain = gain.nan_to_num(0).clamp(min=0) / -(-len(keys) // self.key_block)
-                if gain.max() < value:
+                if gain.max() < value * self.share(tile, tokens):
                     break
         return visited
 
@@ -123,7 +134,8 @@ class _Ranked(UnitSelection):
         return Layout(start, self.ranked[1], rule.key_block, computed)
 
     def picks(self, tile: Tile, inside: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-        visited = stops(self.thresholds, inside, units, self.rule.step_ends(len(units)))
+        thresholds = self.thresholds * self.rule.share(tile, len(self.head.key))
+        visited = stops(thresholds, inside, units, self.rule.step_ends(len(units)))
         return torch.arange(len(units), device=units.device) < visited[:, None]
 
 
@@ -149,9 +161,14 @@ def stops(
     return ends[stopped.int().argmax(1)]
 
 
+NUMBERS = {"first": "interval", "every": "interval", "tail": "dense_tail", "ref": "reference_len"}
+"""Fields of a rule by the words that set them."""
+NUMBERED = re.compile(rf"({'|'.join(NUMBERS)})([1-9][0-9]*)")
+
+
 def named(name: str, sizes: Sequence[int] = (128, 64)) -> S2O:
     """`s2o_SEGMENT`, then any of a ranking, `firstN` key blocks before the first test, `everyN` key blocks instead of
-    growing steps, and `sorted` by score.
+    growing steps, `sorted` by score, a dense end of `tailN` tokens, and thresholds that hold for `refN` keys.
 
     Raises:
         ValueError: no such variant.
@@ -162,12 +179,11 @@ def named(name: str, sizes: Sequence[int] = (128, 64)) -> S2O:
     for word in words if known else ():
         if word in RANKINGS:
             known["ranking"] = word
-        elif word.startswith("first") and word[5:].isdigit() and int(word[5:]):
-            known["interval"] = int(word[5:])
-        elif word.startswith("every") and word[5:].isdigit() and int(word[5:]):
-            known |= {"interval": int(word[5:]), "growing": False}
         elif word == "sorted":
             known["num_classes"] = None
+        elif numbered := NUMBERED.fullmatch(word):
+            kind, number = numbered.groups()
+            known |= {NUMBERS[kind]: int(number)} | ({"growing": False} if kind == "every" else {})
         else:
             known = {}
             break
@@ -175,6 +191,7 @@ def named(name: str, sizes: Sequence[int] = (128, 64)) -> S2O:
         raise ValueError(
             f"There is no method {name}: variants of S2O are s2o_SEGMENT, a multiple of {sizes[0]}, followed by any of "
             f"{', '.join(f'_{word}' for word in RANKINGS)}, _firstN (key blocks before the first test), _everyN "
-            "(key blocks, not growing) and _sorted."
+            "(key blocks, not growing), _sorted, _tailN (tokens of a dense end) and _refN (keys for which thresholds "
+            "hold)."
         )
     return S2O(**known, tile=sizes[0], key_block=sizes[1])

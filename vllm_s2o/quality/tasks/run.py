@@ -9,7 +9,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from vllm_s2o.cli.environment import write_made
+from vllm_s2o.cli.environment import commit_name, describe, write_made
+from vllm_s2o.config import load_config
 
 from ..capture import open_model
 from . import suite, table
@@ -200,6 +201,7 @@ def measure(
     settings = {
         "model": model, "seed": seed, "chat template": framing.chat, "context extension": source.rope_factor,
         "server arguments": list(server), "concurrency": concurrency,
+        "commit": commit_name(describe()), "config": load_config(source.traits).digest(),
         "Python": ".".join(map(str, sys.version_info[:2])),  # whose documentation the text is
     }  # fmt: skip
     answers = Answers(out.with_name(out.name + ".parts.jsonl"), settings)

@@ -53,8 +53,8 @@ class Row:
 
 
 def rows(answers: Answers, backends: Sequence[str], groups: dict[Group, int]) -> list[Row]:
-    """All rows that the answers give: tasks by length, and their average at each length; then each task, and the
-    average, over all lengths, of which each counts the same.
+    """All rows that the answers give: tasks by length, and their average at each length; then each task of several
+    lengths, and the average, over all lengths, of which each counts the same.
 
     Args:
         groups: the number of samples by task and length.
@@ -67,8 +67,10 @@ def rows(answers: Answers, backends: Sequence[str], groups: dict[Group, int]) ->
         if length == ALL and len(lengths) == 1:
             continue
         sets = [(task, [g for g in mine if g[0] == task]) for task in dict.fromkeys(task for task, _ in mine)]
-        if len(sets) > 1:
-            sets.append((AVERAGE, mine))
+        average = [(AVERAGE, mine)] if len(sets) > 1 else []
+        if length == ALL:
+            sets = [(task, some) for task, some in sets if len(some) > 1]
+        sets += average
         for task, some in sets:
             found += [_row(answers, backend, task, length, some, groups, backends) for backend in backends]
     return found
@@ -113,11 +115,12 @@ def summary(found: Sequence[Row], tries: int = 0) -> str:
     tasks = [(row, difference) for row, difference in compared if row.task != AVERAGE]
     if compared:
         worse = [f"{row.task} at {row.length}" for row, _ in tasks if row.worse]
-        proven = sum(difference.low > -ALLOWED for _, difference in tasks)
+        single = [difference for row, difference in tasks if row.length != ALL]
+        proven = sum(difference.low > -ALLOWED for difference in single)
         certain = [f"{row.task} at {row.length}" for row, difference in tasks if difference.high < -ALLOWED]
         lines.append(
             f"Worse than {REFERENCE} by more than {ALLOWED:g} points: {', '.join(worse) or 'none'}, with certainty "
-            f"{', '.join(certain) or 'none'}; the interval of {proven} of {len(tasks)} differences excludes it."
+            f"{', '.join(certain) or 'none'}; the interval of {proven} of {len(single)} differences excludes it."
         )
         lines.append(f"Average over tasks: {_difference(compared[-1][1])}.")
     if tries:
