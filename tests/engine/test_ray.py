@@ -12,7 +12,9 @@ from engines import EXACT, agree, tokens
 
 from vllm_s2o.step_log import prefills
 
-PROMPTS = [tokens(700, 1), tokens(40, 2), tokens(400, 3)]
+PROMPTS = [tokens(700, 1), tokens(40, 2), tokens(400, 3), tokens(600, 4)]
+DENSE = 3
+"""Which of them asks for dense attention."""
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,8 +27,19 @@ def test_answers_are_those_of_one_process(llama, tmp_path):
     with engines.engine(llama, EXACT) as llm:
         alone = list(map(engines.said, engines.ask(llm, PROMPTS)))
     options = engines.options(llama, EXACT, distributed_executor_backend="ray")
-    (answers, tokens_by_path, visited, causal), log = run(options, PROMPTS, tmp_path)
+    (answers, tokens_by_path, visited, causal), log = run(options, PROMPTS, tmp_path, dense=(DENSE,))
     agree([engines.Said(*answer) for answer in answers], alone)
     assert [step.density for step in prefills(log)] == [1.0] * len(prefills(log)) != []
-    assert "figures without requests: under Ray the steps of an engine are not seen" in log
-    print(tokens_by_path, visited, causal)
+    # A request's wish comes along with it: the steps of an engine are seen.
+    assert tokens_by_path == {"sparse": 1100, "dense below min_seq_len": 40, "dense asked by the request": 600}
+    assert visited == causal == (700 * 701 + 400 * 401) // 2 * 4 * 3
+    assert "s2o: no switch" not in log
+
+
+def test_of_the_older_executor_no_step_is_seen(llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
+    options = engines.options(llama, EXACT, distributed_executor_backend="ray")
+    (_, tokens_by_path, visited, causal), log = run(options, PROMPTS[:3], tmp_path)
+    assert tokens_by_path == {"sparse": 0}, "which are counted by request"
+    assert visited == causal == (700 * 701 + 400 * 401) // 2 * 4 * 3
+    assert "no switch, no dense requests, and figures without requests: Ray's older executor" in log

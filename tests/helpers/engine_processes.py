@@ -21,9 +21,15 @@ else:
     }  # fmt: skip
 
 
-def run(options: dict, prompts: list[list[int]], cwd: Path, generated: int = 4) -> tuple[list, str]:
-    """What the program writes of its engine, and its log."""
-    asked = {"options": options, "prompts": prompts, "generated": generated}
+def run(
+    options: dict, prompts: list[list[int]], cwd: Path, generated: int = 4, dense: tuple[int, ...] = ()
+) -> tuple[list, str]:
+    """What the program writes of its engine, and its log.
+
+    Args:
+        dense: which prompts ask for dense attention.
+    """
+    asked = {"options": options, "prompts": prompts, "dense": dense, "generated": generated}
     environment = without(*CHANGED) | ENVIRONMENT | {"PYTHONPATH": python_path(PROGRAM.parent)}
     command = [sys.executable, "-P", PROGRAM, json.dumps(asked), cwd / "found.json"]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)

@@ -1,7 +1,7 @@
 """A program with an engine whose parts are in several processes: what it said to each prompt (`engines.Said`), and
-what the engine counted: tokens by path, pairs that were visited, and all.
+what the engine counted: tokens by path, pairs that were visited, and all. Prompts of `dense` ask for dense attention.
 
-python engine_program.py '{"options": {...}, "prompts": [[...]], "generated": 4}' FILE.json
+python engine_program.py '{"options": {...}, "prompts": [[...]], "dense": [], "generated": 4}' FILE.json
 """
 
 import json
@@ -18,7 +18,11 @@ def main() -> None:
 
     asked = json.loads(sys.argv[1])
     llm = LLM(**asked["options"])
-    outputs = engines.ask(llm, asked["prompts"], asked["generated"])
+    params = [engines.sampling(asked["generated"]) for _ in asked["prompts"]]
+    for index in asked["dense"]:
+        params[index].extra_args = {"s2o": "dense"}
+    prompts = [{"prompt_token_ids": prompt} for prompt in asked["prompts"]]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     answers = [engines.said(output) for output in outputs]
     if not engines.CPU:
         time.sleep(2)  # a thread writes the figures of the last steps, once the GPU has told them

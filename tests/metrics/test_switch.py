@@ -238,23 +238,39 @@ def test_the_engine_is_hooked_once(engine):
     assert EngineCore.preprocess_add_request is once
 
 
-def test_under_ray_a_wish_is_refused_and_the_switch_has_no_effect(engine):
+@pytest.mark.parametrize("backend", ["ray", "mp", "uni"])
+def test_steps_are_seen_but_for_rays_older_executor(backend, monkeypatch):
+    config = configured()
+    config.parallel_config.distributed_executor_backend = backend
+    assert requests.unseen_steps(config) is None
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
+    assert (requests.unseen_steps(config) is not None) == (backend == "ray")
+
+
+@pytest.fixture
+def older_ray(monkeypatch):
+    """How an engine's steps are handed out."""
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
+    return "ray"
+
+
+def test_where_no_step_is_seen_a_wish_is_refused_and_the_switch_has_no_effect(engine, older_ray):
     """Rather than ignored: no rank would see it."""
-    engine.vllm_config.parallel_config.distributed_executor_backend = "ray"
-    with pytest.raises(RuntimeError, match="under Ray"):
+    engine.vllm_config.parallel_config.distributed_executor_backend = older_ray
+    with pytest.raises(RuntimeError, match="Ray's older executor"):
         engine.preprocess_add_request(request(extra={"s2o": "dense"}))
     set_switch(False)
     kept, _ = engine.preprocess_add_request(request())
     assert (kept.cache_salt, kept.sampling_params.extra_args) == (None, None)
 
 
-def test_ray_is_warned_of(monkeypatch):
+def test_unseen_steps_are_warned_of(monkeypatch, older_ray):
     lines = []
     monkeypatch.setattr(compat.logger(), "warning", lambda line, *values: lines.append(line % values))
     config = configured()
-    config.parallel_config.distributed_executor_backend = "ray"
+    config.parallel_config.distributed_executor_backend = older_ray
     plugin.check(config)
-    (line,) = [line for line in lines if "under Ray" in line]
+    (line,) = [line for line in lines if "older executor" in line]
     assert line.startswith("s2o: no switch, no dense requests, and figures without requests: ")
 
 

@@ -25,6 +25,26 @@ def wish_problem(params) -> str | None:
     return f"The extra argument '{REQUEST_KEY}' of a request cannot be {given!r}; allowed is 'dense'."
 
 
+def keep_decisions() -> None:
+    """What comes in pieces (vLLM's streaming input) has its first piece's decision in all of them: vLLM gives it each
+    piece's parameters, but keeps its keys and values and their salt."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    if getattr(Scheduler._update_request_as_session, "s2o", False):
+        return
+    update_session = Scheduler._update_request_as_session
+
+    def _update_request_as_session(self, session, update):
+        decision = mark_of(session)
+        update_session(self, session, update)
+        if mark_of(session) != decision:
+            _set_mark(session, decision)
+
+    hook: Any = _update_request_as_session
+    hook.s2o = True
+    Scheduler._update_request_as_session = hook
+
+
 def follow_requests(admit: Callable[[Any, Any], None], load: bool = False) -> None:
     """Call `admit` with the configuration and each request that enters an engine, whatever its flags.
 
@@ -35,6 +55,7 @@ def follow_requests(admit: Callable[[Any, Any], None], load: bool = False) -> No
         return
     from vllm.v1.engine.core import EngineCore
 
+    keep_decisions()
     if getattr(EngineCore.preprocess_add_request, "s2o", False):
         return
     preprocess = EngineCore.preprocess_add_request
@@ -53,14 +74,21 @@ def wish(engine_request) -> Any:
     return _extras(engine_request.sampling_params or engine_request.pooling_params).get(REQUEST_KEY)
 
 
+def _set_mark(request, value: str | None) -> None:
+    """Of vLLM's request, or of the engine's. None removes it."""
+    kind = "sampling_params" if request.sampling_params is not None else "pooling_params"
+    params = copy.copy(getattr(request, kind))  # requests may share their parameters
+    extras = {name: given for name, given in _extras(params).items() if name != REQUEST_KEY}
+    if value is not None:
+        extras[REQUEST_KEY] = value
+    setattr(params, "extra_args" if kind == "sampling_params" else "extra_kwargs", extras or None)
+    setattr(request, kind, params)
+
+
 def mark(engine_request, value: str | None, salt: str) -> None:
     """Note a decision among the extra arguments, and keep the request's blocks apart in caches of keys and values."""
-    if value is not None:  # on a copy: requests may share their parameters
-        kind = "sampling_params" if engine_request.sampling_params is not None else "pooling_params"
-        params = copy.copy(getattr(engine_request, kind))
-        extras = "extra_args" if kind == "sampling_params" else "extra_kwargs"
-        setattr(params, extras, _extras(params) | {REQUEST_KEY: value})
-        setattr(engine_request, kind, params)
+    if value is not None:
+        _set_mark(engine_request, value)
     given = engine_request.cache_salt
     engine_request.cache_salt = f"{salt}-{given}" if given else salt
 
@@ -85,8 +113,12 @@ SALTED_CONNECTORS = {
 
 def unseen_steps(vllm_config) -> str | None:
     """Why steps of this engine cannot be told apart by request, or None."""
-    if vllm_config.parallel_config.distributed_executor_backend == "ray":
-        return "under Ray the steps of an engine are not seen"
+    from vllm import envs
+
+    # Ray's older executor hands a step to the model runner itself, past what `watch_steps` watches.
+    newer = getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", False)
+    if vllm_config.parallel_config.distributed_executor_backend == "ray" and not newer:
+        return "Ray's older executor (VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0) does not show the steps of an engine"
     return None
 
 
