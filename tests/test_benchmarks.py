@@ -59,8 +59,8 @@ class Server:
 
     def ask(self, prompt: str) -> str:
         for density in self.densities.get(prompt, []):
-            line = f"s2o: prefill query={prompt} seq={prompt} density={density:.3f} sparse_layers=2/3 | total pairs=1/2 process=7"
-            self.log += f"INFO {line}\n"
+            line = f"s2o: prefill query={prompt} seq={prompt} density={density:.3f} sparse_layers=2/3"
+            self.log += f"INFO {line} | total pairs=1/2 process=7\n"
         return "It is 12345."
 
 

@@ -139,8 +139,7 @@ def test_its_cases_run(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     densities = {line.removeprefix("cpu").strip().split(":")[0]: float(line.split()[-1]) for line in lines}
     assert list(densities) == list(cases.CASES)
-    assert densities["dense"] == densities["bad numbers"] == 1
-    assert max(densities[name] for name in ("stops", "one half", "heads apart", "budget")) < 1
+    assert {name for name, density in densities.items() if density == 1} == {"dense", "bad numbers"}
     monkeypatch.setattr(cases, "by_rows", lambda case: torch.zeros_like(case.query.double()))
     with pytest.raises(SystemExit, match="dense: off by"):
         cases.run("dense", "cpu")

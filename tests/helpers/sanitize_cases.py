@@ -20,10 +20,10 @@ SMALL: dict[str, Any] = dict(query_lens=[150, 1, 70], seq_lens=[150, 90, 333])
 CASES: dict[str, dict[str, Any]] = {
     "dense": dict(params=dict(threshold=0.0)),
     "stops": dict(params=dict(threshold=0.4), layout="joined_blocks"),
-    "dense end": dict(params=dict(threshold=0.4, dense_tail=30)),
+    "dense end": dict(params=dict(threshold=0.6, dense_tail=30), query_lens=[300, 1], seq_lens=[450, 90]),
     "long histories": dict(params=dict(threshold=0.6, reference_len=100)),
     "one half": dict(params=dict(threshold=0.3, tile_size=64, segment_len=64, key_block=32, stop_interval=1)),
-    "fp16": dict(params=dict(threshold=0.4), dtype=torch.float16, head_size=64),
+    "fp16": dict(params=dict(threshold=0.7), dtype=torch.float16, head_size=64),
     "bad numbers": dict(params=dict(threshold=0.0), bad=True),
     "heads apart": dict(params=dict(threshold=0.4), layout="head_major"),
     "head size 96, 16 classes": dict(params=dict(threshold=0.3, num_classes=16), head_size=96, layout="separate"),
@@ -38,7 +38,7 @@ def run(name: str, implementation: Implementation) -> None:
     params = S2OParams(**{"dense_tail": 0, "segment_len": 128, "stop_interval": 1} | options.pop("params"))
     bad = options.pop("bad", False)
     fp8 = options.pop("fp8", False)
-    case = make_case(**SMALL, **DEFAULTS | options)
+    case = make_case(**SMALL | DEFAULTS | options)
     if fp8:
         key_cache, value_cache = (cache.to(torch.float8_e4m3fn) for cache in (case.key_cache, case.value_cache))
         case = dataclasses.replace(case, key_cache=key_cache, value_cache=value_cache)
