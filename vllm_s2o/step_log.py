@@ -1,4 +1,5 @@
-"""The log's lines about steps: `stats` writes them, and whoever has a server's log reads them.
+"""The log's lines about steps, which `stats` writes, and about prompts, which `metrics.figures` does: whoever has a
+server's log reads them here.
 
 Without PyTorch, which takes two seconds to import: the command line reads logs too.
 """
@@ -89,3 +90,21 @@ def pairs(log: str, since: int = 0) -> tuple[int, int]:
         for kind in ("visited", "causal")
     )
     return visited, causal
+
+
+class Told(NamedTuple):
+    """What a line of the log says about one long prompt."""
+
+    prompt: int
+    """Tokens."""
+    cached: int
+    density: float
+    """Of what was computed, dense chunks included."""
+
+
+_PROMPT = re.compile(r"s2o: request .* prompt=(\d+) cached=(\d+) sparse=\d+ dense=\d+ density=([0-9.]+)")
+
+
+def prompts(log: str) -> list[Told]:
+    """The long prompts that a server's log tells of."""
+    return [Told(int(length), int(cached), float(density)) for length, cached, density in _PROMPT.findall(log)]

@@ -34,7 +34,7 @@ def run(name: str, *arguments: str, cwd, **env: str) -> str:
 
 
 def test_a_config_file_gives_all_options(served):
-    assert 's2o: overridden by --additional-config "s2o": layers, min_seq_len, params.threshold' in served.log
+    assert 's2o: overridden by --additional-config "s2o": min_seq_len, params.dense_tail' in served.log
     assert "min_seq_len=2048" in served.log
 
 

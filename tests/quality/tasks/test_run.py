@@ -10,7 +10,7 @@ from fake_api import FakeApi
 from vllm_s2o.config import ResolvedConfig
 from vllm_s2o.quality.tasks import backends, client, command, longbench, run, suite, table
 from vllm_s2o.quality.tasks.answers import Answers
-from vllm_s2o.quality.tasks.backends import Backend
+from vllm_s2o.quality.tasks.backends import Backend, pairs
 from vllm_s2o.quality.tasks.client import Client
 from vllm_s2o.quality.tasks.prompt import Framing, Prompt, TaskError
 from vllm_s2o.quality.tasks.run import Sources, measure, processes
@@ -23,16 +23,21 @@ def simple(index: int, ids=(1, 2, 3)) -> Prompt:
     return Prompt("vt", 100, index, [*ids, index], 7, lambda answer: float(answer == "yes"))
 
 
-def told(tokens: int, visited: int, causal: int) -> str:
+def step(tokens: int) -> str:
     return (
-        f"INFO s2o: prefill query={tokens} seq={tokens} density=0.5 sparse_layers=2/3 | total steps=1 tokens={tokens} "
-        f"density=0.5 pairs={visited}/{causal} process=7\n"
+        f"INFO s2o: prefill query={tokens} seq={tokens} density=0.500 sparse_layers=2/3 | total steps=1 "
+        f"tokens={tokens} density=0.500 pairs=50/100 process=7\n"
     )
+
+
+def told(tokens: int, density: float) -> str:
+    line = f"INFO s2o: request cmpl-1-a prompt={tokens} cached=0 sparse={tokens} dense=0 density={density:.3f}\n"
+    return step(tokens) + line
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(backends, "LOG_INTERVAL", 0)
+    monkeypatch.setattr(backends.step_log, "LOG_INTERVAL", 0)
     monkeypatch.setattr(client, "WAIT_SECONDS", 0)
 
 
@@ -65,7 +70,7 @@ def served(checkpoint, tokenizer, monkeypatch):
         def answer(ids):
             made = known[tuple(ids)]
             asked.append((backend, *made.key))
-            log.append(told(len(ids), 30 * (len(log) + 1), 100 * (len(log) + 1)) if backend == "s2o" else "...")
+            log.append(told(len(ids), 0.3) if backend == "s2o" else "...")
             return "nothing" if backend == "s2o" and made.index == 0 else " ".join(made.score.keywords["expected"])
 
         with FakeApi(answer) as api:
@@ -325,8 +330,19 @@ def test_the_model_must_be_known():
 
 def test_a_log_without_prefills_says_that_all_ran_dense():
     with FakeApi(lambda ids: "yes") as api:
-        assert Backend(Client(api.url), lambda: "nothing").ask([simple(0)])[1] == (0, 0)
+        assert Backend(Client(api.url), lambda: "nothing").ask([simple(0)])[1] == (10, 10)
         assert Backend(Client(api.url)).ask([simple(0)])[1] is None
+
+
+def test_a_density_is_that_of_all_prompts():
+    """Of prompts that no line names, all pairs are visited."""
+    long, short = simple(0, range(99)), simple(1, range(9))
+    causal = 100 * 101 // 2 + 10 * 11 // 2
+    assert pairs([long, short], "INFO something\n") == (causal, causal)
+    assert pairs([long, short], told(100, 0.4)) == (causal - round(0.6 * 100 * 101 // 2), causal)
+    cached = told(100, 0.4).replace("cached=0", "cached=60")
+    assert pairs([long], cached) == (5050 - round(0.6 * (5050 - 60 * 61 // 2)), 5050)
+    assert pairs([long], step(100)) is None, "there are steps, and nobody says of which prompts"
 
 
 # -- a running server, downloaded samples, the command ----------------------------------------------------------------
@@ -341,13 +357,13 @@ def test_a_running_server_is_asked_and_compared_with_an_earlier_one(checkpoint, 
     """The command, on two downloaded samples: the reference first, and then what is compared with it."""
     path, log = tmp_path / "data.jsonl", tmp_path / "server.log"
     path.write_text("".join(json.dumps(choice(letter)) + "\n" for letter in "BD"))
-    log.write_text(told(9, 500, 1000))
+    log.write_text(told(9, 0.5))
     asked = []
 
     def answer(ids):
         asked.append(ids)
         with log.open("a") as file:
-            file.write(told(10, 500 + 20 * len(asked), 1000 + 100 * len(asked)))
+            file.write(told(len(ids), 0.2))
         return "B)"
 
     command_line = ["tasks", checkpoint, "--out", str(tmp_path / "a.csv"), "--longbench-v2", str(path)]

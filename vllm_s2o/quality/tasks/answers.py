@@ -32,7 +32,7 @@ def _as_task_error() -> Iterator[None]:
 
 class Answers:
     """What is kept beside the table: answers, and, for those asked together, the pairs of queries and keys that their
-    prefills visited and those that they could have.
+    prompts visited and those that they could have.
 
     Args:
         path: the file; it and its folder are made if they are missing.
@@ -45,7 +45,7 @@ class Answers:
     def __init__(self, path: Path, settings: dict[str, Any]):
         self.found: dict[Key, Answer] = {}
         self.pairs: dict[tuple[str, str, int], tuple[int, int]] = {}
-        """(visited, causal) by backend, task and length, of the prefills that a log told of."""
+        """(visited, causal) by backend, task and length, where a log told of them."""
         with _as_task_error():
             self._journal = Journal(path, settings, "answers", self._take)
 
@@ -56,7 +56,7 @@ class Answers:
 
         Args:
             given: task, length and index of each, all of one task and length.
-            pairs: visited and causal ones of their prefills, both 0 where all ran dense; None where nobody knows.
+            pairs: visited and causal ones of their prompts; None where nobody knows.
         """
         lines = [{"key": [backend, *key], "answer": answer._asdict()} for key, answer in given]
         if pairs is not None:
@@ -67,10 +67,10 @@ class Answers:
             self._journal.append(lines)
 
     def density(self, backend: str, groups: Iterable[tuple[str, int]]) -> float | None:
-        """Of the sparse prefills of some tasks at some lengths: 1 where all ran dense, None where nobody knows."""
+        """Of the prompts of some tasks at some lengths, dense chunks included; None where nobody knows."""
         known = [self.pairs[backend, *group] for group in groups if (backend, *group) in self.pairs]
         visited, causal = (sum(pair) for pair in zip(*known, strict=True)) if known else (0, 0)
-        return (visited / causal if causal else 1.0) if known else None
+        return visited / causal if causal else None
 
     def _take(self, line: dict[str, Any]) -> None:
         backend, task, length, index = line["key"]

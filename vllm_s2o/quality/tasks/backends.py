@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...cli.server import Server, ServerError
-from ...step_log import LOG_INTERVAL, pairs
+from ... import step_log
+from ...plan import causal_pairs
 from ..capture import Source
 from .answers import Answer
 from .client import Client
@@ -40,8 +41,19 @@ class Backend:
         if self.log is None:
             return answers, None
         if OURS in self.log():  # lines are held back: the next prompts' must not take their place
-            time.sleep(2 * LOG_INTERVAL)
-        return answers, pairs(self.log(), before)
+            time.sleep(2 * step_log.LOG_INTERVAL)
+        return answers, pairs(prompts, self.log()[before:])
+
+
+def pairs(prompts: Sequence[Prompt], log: str) -> tuple[int, int] | None:
+    """Visited and causal pairs of prompts, per head: of a prompt that no line names, all. None where the log has steps
+    but no prompts, as under Ray's older executor."""
+    told = step_log.prompts(log)
+    if not told and step_log.prefills(log):
+        return None
+    causal = sum(causal_pairs(len(prompt.ids), len(prompt.ids)) for prompt in prompts)
+    skipped = sum((1 - one.density) * causal_pairs(one.prompt - one.cached, one.prompt) for one in told)
+    return round(causal - skipped), causal
 
 
 @contextlib.contextmanager
