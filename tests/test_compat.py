@@ -1,6 +1,7 @@
 """What stays dense and why, and what vLLM's metadata says of a step."""
 
 import dataclasses
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -398,3 +399,16 @@ def test_layers_whose_sequences_are_cut_up_are_dense():
     assert compat.builder_problem(Ours, Ours) is None
     reason = compat.builder_problem(ChunkedLocalAttentionBuilder, Ours)
     assert reason == "vLLM changes what its layers are told of sequences (ChunkedLocalAttentionBuilder)"
+
+
+# -- ranks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("places", list(itertools.product([0, 1], repeat=3)))
+def test_one_rank_of_all_counts_tokens(monkeypatch, places):
+    """Those that share heads, those that share a prompt, and the stages of a pipeline all see the same requests."""
+    heads, prompt, stage = (SimpleNamespace(rank_in_group=rank, is_first_rank=rank == 0) for rank in places)
+    monkeypatch.setattr(compat, "tensor_parallel", lambda: (heads.rank_in_group, 2))
+    monkeypatch.setattr("vllm.distributed.get_pcp_group", lambda: prompt)
+    monkeypatch.setattr("vllm.distributed.get_pp_group", lambda: stage)
+    assert compat.counts_tokens() == (places == (0, 0, 0))

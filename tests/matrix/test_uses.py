@@ -22,6 +22,7 @@ HANDLED = {
     "CommonAttentionMetadata._seq_lens_cpu": (UNTIL, "0.30"),
     "CommonAttentionMetadata.req_idx": (SINCE, "0.30"),
     "FlashAttentionMetadata.use_cascade": (UNTIL, "0.32"),
+    "vllm.envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND": (UNTIL, "0.33"),
     # A CPU's backend has these, or a GPU's, not both.
     "FlashAttentionImpl.isa": (NEVER, ""),
     "CPUAttentionMetadata.use_cascade": (NEVER, ""),

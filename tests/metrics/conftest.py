@@ -17,6 +17,7 @@ def machine(monkeypatch, tmp_path_factory):
     # What `establish` sets is to be gone afterwards.
     monkeypatch.setenv(place.VARIABLE, "")
     monkeypatch.delenv(place.VARIABLE)
+    monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", "")
     monkeypatch.delenv(place.MERGED, raising=False)
     return temporary
 

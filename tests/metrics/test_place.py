@@ -1,7 +1,9 @@
 """A server's directory: made once, found by its processes and by the command, and gone afterwards."""
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +143,45 @@ def test_a_server_that_has_not_said_who_it_is_yet_is_passed_over(holder):
         about.write('{"pid": ')
     assert place.running() == []
     assert os.path.isdir(one.directory)
+
+
+def test_nothing_is_removed_for_its_age_while_any_server_runs(holder):
+    """systemd-tmpfiles asks for this lock, on each directory, before it looks for old files in it."""
+    one, other = holder(), holder()
+    one.end()
+    directory = os.open(place.base(), os.O_RDONLY)
+    try:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        other.end(signal.SIGKILL)
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(directory)
+
+
+@pytest.mark.skipif(shutil.which("systemd-tmpfiles") is None, reason="needs systemd-tmpfiles")
+def test_systemd_leaves_what_a_server_has_alone(machine, tmp_path, holder):
+    """Of any age, which is what 0 says."""
+    config = tmp_path / "all.conf"
+    config.write_text(f"d {machine} - - - 0\n")
+    one = holder()
+    (Path(one.directory) / place.OFF).touch()
+    (machine / "old").touch()
+    subprocess.run(["systemd-tmpfiles", "--clean", config], check=True, timeout=60)
+    assert not (machine / "old").exists(), "else the test proves nothing"
+    (server,) = place.running()
+    assert (str(server.directory), server.on) == (one.directory, False)
+
+
+def test_what_was_started_by_another_process_makes_nothing(monkeypatch, holder):
+    """An actor of Ray is no child in the eyes of Python."""
+    one = holder()
+    monkeypatch.setenv(place.VARIABLE, one.directory)
+    assert str(place.establish("some/model", started=True)) == one.directory
+    assert not place.made_here()
+    monkeypatch.delenv(place.VARIABLE)
+    assert str(place.establish("some/model", started=True)) != one.directory
+    assert place.made_here(), "a program of its own, for all that is known"
 
 
 @pytest.mark.parametrize("wrong", ["writable", "file", "link"])

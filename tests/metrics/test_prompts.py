@@ -8,7 +8,8 @@ from scheduled import new, runner_v1, runner_v2, scheduled
 from vllm_s2o import compat
 from vllm_s2o.compat import requests
 from vllm_s2o.metrics import place
-from vllm_s2o.metrics.figures import Recorder, figures
+from vllm_s2o.metrics.channel import read
+from vllm_s2o.metrics.figures import DENSITY, Recorder, figures
 from vllm_s2o.metrics.prompts import UNKNOWN, Prompts
 from vllm_s2o.stats import Laps, Step
 
@@ -188,7 +189,7 @@ def test_what_was_cached_when_a_prompt_starts_again_counts_neither_way(prompts, 
 
 
 def test_a_long_answer_that_is_computed_anew_is_no_part_of_the_prompt(prompts, logger):
-    """Nor is its prompt told twice: chunks of the answer may be sparse, too."""
+    """Nor is its prompt told of twice: chunks of the answer may be sparse, too."""
     run(prompts, scheduled({"a": 100}, [new("a", 100)]), sparse=[0], figures=([0], [pairs(100, 100)]))
     run(prompts, scheduled({"a": 1}, computed={"a": 100}))
     logger.lines.clear()
@@ -198,18 +199,46 @@ def test_a_long_answer_that_is_computed_anew_is_no_part_of_the_prompt(prompts, l
     prompts.told(first, [pairs(100, 100) // 2], [pairs(100, 100)])
     for done, most in ((second, pairs(80, 180)), (third, pairs(70, 250))):
         prompts.told(done, [0], [most])
-    assert logger.lines == ["s2o: request a prompt=100 cached=0 sparse=100 dense=0 density=0.500"]
+    assert (logger.lines, figures().prompts) == ([], {"a": 0.0})
+    assert figures().tokens == {("sparse", ""): 200}, "the prompt's own, twice"
     assert figures().causal == 2 * pairs(100, 100) + pairs(150, 250), "but S2O computed it"
 
 
+def seen_in_the_histogram() -> float:
+    """How many prompts."""
+    (density,) = (m for m in read(place.figures_directory(), None) if m.name == DENSITY.name)
+    return next(sample.value for sample in density.samples if sample.name == DENSITY.name + "_count")
+
+
 def test_a_request_resumed_in_its_decode_is_computed_anew(prompts, logger):
+    """Twice. What it had generated comes along, and is no part of the prompt."""
     run(prompts, scheduled({"a": 100}, [new("a", 100)]), sparse=[0], figures=([1], [2]))
     run(prompts, scheduled({"a": 1}, computed={"a": 100}))
-    # What it had generated comes along, and is no part of the prompt.
-    run(prompts, scheduled({"a": 105}, computed={"a": 0}, resumed=["a"]), sparse=[0], figures=([1], [2]))
-    run(prompts, scheduled({"a": 1}, computed={"a": 105}))
-    assert figures().tokens == {("sparse", ""): 205}
-    assert len(logger.lines) == 2
+    for length in (105, 110):
+        again = scheduled({"a": length}, computed={"a": 0}, resumed=["a"])
+        run(prompts, again, sparse=[0], figures=([1], [2]))
+        run(prompts, scheduled({"a": 1}, computed={"a": length}))
+    assert figures().tokens == {("sparse", ""): 300}
+    assert (len(logger.lines), seen_in_the_histogram()) == (1, 1)
+
+
+def test_figures_that_come_late_are_those_of_before_a_preemption(prompts, logger):
+    first = run(prompts, scheduled({"a": 100}, [new("a", 100)]), sparse=[0])
+    run(prompts, scheduled({"a": 1}, computed={"a": 100}))
+    second = run(prompts, scheduled({"a": 102}, computed={"a": 0}, resumed=["a"]), sparse=[0])
+    for done, visited in ((first, pairs(100, 100)), (second, 0)):
+        prompts.told(done, [visited], [pairs(100, 100)])
+    assert figures().prompts == {"a": 1.0}
+    assert len(logger.lines) == 1
+
+
+def test_a_prompt_that_is_stopped_ever_again_is_told_of_once(prompts, logger):
+    """Before it is complete, in decode, and while it is computed anew."""
+    run(prompts, scheduled({"a": 60}, [new("a", 100)]), dense={0: SHORT})
+    for tokens in (60, 100, 70, 103):
+        again = scheduled({"a": tokens}, computed={"a": 0}, resumed=["a"])
+        run(prompts, again, sparse=[0], figures=([1], [2]))
+    assert (len(logger.lines), seen_in_the_histogram()) == (1, 1)
 
 
 @pytest.mark.parametrize(("mark", "reason"), [("off", OFF), ("dense", ASKED)])

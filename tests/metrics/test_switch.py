@@ -1,18 +1,22 @@
 """Decided for each request where it enters the engine; what is decided keeps its blocks apart."""
 
 import copy
+import os
+import sys
 from types import SimpleNamespace
 
 import pytest
 from prometheus_client import CollectorRegistry
 from vllm.exceptions import VLLMValidationError
 from vllm.pooling_params import PoolingParams
+from vllm.ray.ray_env import get_env_vars_to_copy
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 from vllm_configs import configured
 
 import vllm_s2o
@@ -21,6 +25,8 @@ from vllm_s2o.compat import requests
 from vllm_s2o.metrics import place
 from vllm_s2o.metrics.figures import figures
 from vllm_s2o.metrics.switch import SALT, admit, set_switch
+
+RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 
 
 @pytest.fixture
@@ -211,6 +217,7 @@ def test_known_connectors_are_vllms():
 def engine(monkeypatch, server):
     """As much of vLLM's engine as handles a new request."""
     monkeypatch.setattr(EngineCore, "preprocess_add_request", EngineCore.preprocess_add_request)
+    monkeypatch.setattr(Scheduler, "_update_request_as_session", Scheduler._update_request_as_session)
     requests.follow_requests(plugin.admit, load=True)
     made = object.__new__(EngineCore)
     made.mm_receiver_cache = None
@@ -233,9 +240,82 @@ def test_an_engine_without_the_flag_is_left_alone(engine):
 
 
 def test_the_engine_is_hooked_once(engine):
-    once = EngineCore.preprocess_add_request
+    once = EngineCore.preprocess_add_request, Scheduler._update_request_as_session
     requests.follow_requests(plugin.admit, load=True)
-    assert EngineCore.preprocess_add_request is once
+    assert (EngineCore.preprocess_add_request, Scheduler._update_request_as_session) == once
+
+
+ASKS = {"s2o": "dense"}
+
+
+@pytest.fixture
+def scheduler(monkeypatch, engine):
+    """As much of vLLM's scheduler as adds a request, or a piece to one that it has."""
+    made = object.__new__(Scheduler)
+    made.requests, made.hash_block_size = {}, 16
+    made.num_waiting_for_streaming_input, made.log_stats, made.connector = 0, False, None
+    made.spec_decode_metrics_level = "none"
+    monkeypatch.setattr(made, "_enqueue_waiting_request", lambda request: None, raising=False)
+    return made
+
+
+@pytest.fixture
+def piece(engine, scheduler):
+    """Give a piece of a session to the engine; returned is the session."""
+
+    def piece(extra=None, waits=True) -> Request:
+        params = SamplingParams(extra_args=extra)
+        entered, _ = engine.preprocess_add_request(request(sampling_params=params, resumable=True))
+        scheduler.add_request(entered)
+        session = scheduler.requests["a"]
+        assert params.extra_args == extra, "other pieces may have the same"
+        if waits:
+            session.status = RequestStatus.WAITING_FOR_STREAMING_REQ
+            scheduler.num_waiting_for_streaming_input += 1
+        return session
+
+    return piece
+
+
+@pytest.mark.parametrize(("first", "then"), [(True, False), (False, True)])
+def test_a_session_keeps_the_path_of_its_first_piece(piece, first, then):
+    """As it keeps its keys and values, and their salt."""
+    set_switch(first)
+    session = piece()
+    decided = (requests.mark_of(session), session.cache_salt)
+    assert decided == ((None, None) if first else ("off", SALT))
+    for on in (then, first, then):
+        set_switch(on)
+        assert piece() is session
+        assert (requests.mark_of(session), session.cache_salt) == decided
+    assert session.num_prompt_tokens == 4 * 64
+
+
+@pytest.mark.parametrize(("first", "then", "mark"), [(ASKS, None, "dense"), (None, ASKS, None), (ASKS, ASKS, "dense")])
+def test_a_session_is_what_its_first_piece_asks_for(piece, first, then, mark):
+    piece(first)
+    session = piece(then)
+    assert requests.mark_of(session) == mark
+
+
+def test_other_arguments_are_each_pieces_own(piece):
+    piece({"s2o": "dense", "other": 1})
+    assert piece({"other": 2}).sampling_params.extra_args == {"s2o": "dense", "other": 2}
+
+
+def test_a_piece_that_waits_for_its_turn_changes_nothing_either(piece, scheduler):
+    """vLLM puts it into the session when the one before it is answered."""
+    session = piece(ASKS, waits=False)
+    piece(waits=False)
+    (update,) = session.streaming_queue
+    scheduler._update_request_as_session(session, update)
+    assert requests.mark_of(session) == "dense"
+
+
+def test_the_next_request_of_that_name_is_decided_anew(piece, scheduler):
+    piece(ASKS)
+    del scheduler.requests["a"]
+    assert requests.mark_of(piece()) is None
 
 
 @pytest.mark.parametrize("backend", ["ray", "mp", "uni"])
@@ -330,6 +410,31 @@ def test_with_several_api_servers_vllm_collects(monkeypatch, tmp_path, logger):
     assert figures().on
     set_switch(False)
     assert not figures().on
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [(None, "S2O_SERVER"), ("MINE, YOURS,", "MINE,YOURS,S2O_SERVER"), ("S2O_SERVER,MINE", "S2O_SERVER,MINE")],
+)
+def test_actors_of_ray_are_told_of_the_server(monkeypatch, logger, given, named):
+    """Ray may have run before it."""
+    monkeypatch.setenv(RAY_COPIES, given or "")
+    if given is None:
+        monkeypatch.delenv(RAY_COPIES)
+    for _ in range(2):
+        metrics.begin("some/model", logger)
+    assert os.environ[RAY_COPIES] == named
+    assert {place.VARIABLE, *named.split(",")} <= get_env_vars_to_copy()
+
+
+def test_an_actor_of_ray_belongs_to_the_server(monkeypatch, logger, server):
+    """vLLM reads the configuration again in an engine that is one."""
+    monkeypatch.setattr(place, "_mine", None)  # another process made it
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(
+        is_initialized=lambda: True, get_runtime_context=lambda: SimpleNamespace(get_actor_id=lambda: "an id"))
+    )  # fmt: skip
+    metrics.begin("some/model", logger)
+    assert os.environ[place.VARIABLE] == str(server.directory)
 
 
 def test_a_machine_without_a_place_serves_all_the_same(logger):

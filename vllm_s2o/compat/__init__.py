@@ -175,6 +175,26 @@ def batch_invariant() -> bool:
     return envs.VLLM_BATCH_INVARIANT
 
 
+def copy_to_ray(variable: str) -> None:
+    """Have vLLM hand an environment variable to the actors of Ray that it starts, beside those that the user names.
+
+    Ray may have run before this process: then its actors have another environment. vLLM gives its workers all of this
+    one's, but engines (of `--data-parallel-backend ray`) and the workers of the older executor what is named alone.
+    """
+    from vllm import envs
+
+    given = [name.strip() for name in envs.VLLM_RAY_EXTRA_ENV_VARS_TO_COPY.split(",") if name.strip()]
+    if variable not in given:
+        os.environ["VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"] = ",".join([*given, variable])
+
+
+def in_ray_actor() -> bool:
+    """Whether this process is an actor of Ray, which Python does not take for another process's child."""
+    from vllm.ray.lazy_utils import is_in_ray_actor
+
+    return "ray" in sys.modules and is_in_ray_actor()  # which would import it, where it is installed
+
+
 # -- asking vLLM, without a server ------------------------------------------------------------------------------------
 
 
@@ -326,9 +346,9 @@ def tensor_parallel() -> tuple[int, int]:
 
 def counts_tokens() -> bool:
     """Whether this rank is the one of its engine's that counts prompts and their tokens, which all ranks see."""
-    from vllm.distributed import get_pp_group
+    from vllm.distributed import get_pcp_group, get_pp_group
 
-    return tensor_parallel()[0] == 0 and get_pp_group().is_first_rank
+    return tensor_parallel()[0] == 0 and get_pcp_group().is_first_rank and get_pp_group().is_first_rank
 
 
 def reserve_workspace(*shapes_and_dtypes) -> list[torch.Tensor] | None:

@@ -116,7 +116,7 @@ def unseen_steps(vllm_config) -> str | None:
     from vllm import envs
 
     # Ray's older executor hands a step to the model runner itself, past what `watch_steps` watches.
-    newer = getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", False)
+    newer = getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True)  # 0.33 has no other one
     if vllm_config.parallel_config.distributed_executor_backend == "ray" and not newer:
         return "Ray's older executor (VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0) does not show the steps of an engine"
     return None

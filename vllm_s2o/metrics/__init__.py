@@ -24,11 +24,13 @@ def begin(model: str, logger: logging.Logger) -> None:
     """Call where a configuration with the flag is read, before other processes start."""
     from prometheus_client import REGISTRY
 
+    from vllm_s2o import compat
     from vllm_s2o.metrics import channel, switch
 
     before = place.current()
     try:
-        directory = place.establish(model)
+        directory = place.establish(model, started=compat.in_ray_actor())
+        compat.copy_to_ray(place.VARIABLE)
         server = place.here()
         if directory != before and server is not None:
             if server.figures != directory:

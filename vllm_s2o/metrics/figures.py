@@ -79,6 +79,8 @@ class Prompt:
     pending: int = 0
     """Steps whose figures are not on the host yet."""
     complete: bool = False
+    again: bool = False
+    """Whether it was complete before a preemption, and has its figures: now it is computed for the answer's sake."""
 
     @property
     def visited(self) -> int:

@@ -2,7 +2,8 @@
 
 The process that reads the configuration (the API server, or a program) makes it before it starts others, and hands it
 down in its environment. Whoever made it holds a lock on a file beside it: what has no lock belongs to no server, and
-is removed by the next one that starts.
+is removed by the next one that starts. All of them share a lock on the directory around theirs, which systemd-tmpfiles
+asks for before it removes what is old in it.
 """
 
 import atexit
@@ -62,13 +63,19 @@ def _own_base() -> Path:
     return path
 
 
-def establish(model: str) -> Path:
-    """The server's directory, made unless this process or the one that started it did. Raises OSError."""
+def establish(model: str, started: bool = False) -> Path:
+    """The server's directory, made unless this process or the one that started it did. Raises OSError.
+
+    Args:
+        started: this process was started by another one of the server, though not by Python's multiprocessing.
+    """
     global _mine
     given = current()
-    if given is not None and (multiprocessing.parent_process() is not None or _mine == (os.getpid(), given)):
+    started = started or multiprocessing.parent_process() is not None
+    if given is not None and (started or _mine == (os.getpid(), given)):
         return given
     parent = _own_base()
+    _keep(parent)
     sweep()
     name = f"{os.getpid()}-{secrets.token_hex(4)}"
     lock = open(parent / f"{name}.lock", "w")  # noqa: SIM115 - for as long as this process lives
@@ -83,6 +90,13 @@ def establish(model: str) -> Path:
     _mine = os.getpid(), directory
     atexit.register(_leave, os.getpid(), directory, lock)
     return directory
+
+
+def _keep(directory: Path) -> None:
+    """From systemd-tmpfiles, which removes files of /tmp that nothing has touched for some days: a server's switch and
+    figures, and the lock that says that it lives. It passes over a directory that is locked, with all that is in it."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)  # open for as long as this process lives
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
 
 
 def _leave(pid: int, directory: Path, lock: TextIO) -> None:

@@ -75,13 +75,15 @@ class Prompts:
                 if request_id in self._all:
                     old, cached_tokens = self._all[request_id], computed[request_id]
                     prompt = Prompt(request_id, old.length, cached_tokens, old.kept_dense, cached_tokens)
+                    prompt.again = old.again or old.complete
                     self._all[request_id] = self._computing[request_id] = prompt
             for request_id, prompt in list(self._computing.items()):
                 tokens = scheduler_output.num_scheduled_tokens.get(request_id, 0)
                 if tokens:
                     prompt.computed = computed.get(request_id, prompt.computed)
                     if prompt.computed < prompt.length:
-                        prefill.append((prompt, tokens))
+                        # What follows the prompt in a chunk is an answer that is computed anew.
+                        prefill.append((prompt, min(tokens, prompt.length - prompt.computed)))
                     else:
                         del self._computing[request_id]
         self._step = _Step(scheduler_output.num_scheduled_tokens, runner, prefill)
@@ -189,5 +191,7 @@ class Prompts:
                 self._finish(prompt)
 
     def _finish(self, prompt: Prompt) -> None:
+        if prompt.again:
+            return
         self._logger.info("%s", prompt.line())
         self.recorder.prompt(prompt)

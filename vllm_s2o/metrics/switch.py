@@ -1,8 +1,8 @@
 """Sparse or dense: decided once for each request, where it enters the engine.
 
 The decision travels with the request's parameters to every rank, so that no rank decides by itself and none can differ,
-and a request keeps its path whatever is switched meanwhile. What is dense by decision gets a cache salt: vLLM's prefix
-cache then never gives it keys and values of a sparse run, nor the other way round.
+and a request keeps its path whatever is switched meanwhile, also one that comes in pieces. What is dense by decision
+gets a cache salt: vLLM's prefix cache then never gives it keys and values of a sparse run, nor the other way round.
 """
 
 from typing import Any
