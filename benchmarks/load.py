@@ -20,6 +20,7 @@ import csv
 import io
 import json
 import math
+import os
 import random
 import shlex
 import statistics
@@ -127,8 +128,9 @@ def host_mib(server: Server) -> float:
 
 
 def device_mib() -> float | None:
-    """Of the first GPU, whoever has it; None where there is none."""
-    query = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    """Of the first GPU that a server may use, whoever has it; None where there is none."""
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+    query = ["nvidia-smi", f"--id={gpu}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
         return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout)
     except (OSError, subprocess.CalledProcessError, ValueError):
