@@ -274,12 +274,14 @@ def _place(
     tl.store(Slots + begin + place, page * PAGE + key % PAGE, mask=known)
 
 
-def score_options(query, together: int, shared: int, stride_dim: int = 1) -> dict:
+def score_options(query, together: int, shared: int, strides: tuple[int, int, int, int]) -> dict:
     """Tiles of the kernels that score keys, for segments that are scored `together` at most, within `shared` bytes.
-    Stages take more of it where the elements of a key lie `stride_dim` apart."""
+    Stages take more of it where a key's elements lie apart, or its beginning anywhere: `strides` are those of the cache
+    [blocks, block_size, kv_heads, size]."""
     width = block_dim(query.shape[2]) * wide(query).itemsize
     segments = max(together, 16)
-    stages = 3 if stride_dim == 1 or width <= SCORE_ROW else 2
+    aligned = strides[3] == 1 and all(stride % 16 == 0 for stride in strides[:3])  # as Triton specialises
+    stages = 3 if aligned or width <= SCORE_ROW else 2
     return dict(
         SEGMENTS=segments, KEYS=SCORE_KEYS * SCORE_ROW // max(width, SCORE_ROW), PRECISION=dot_precision(query),
         # Without a pipeline on GPUs whose shared memory holds what the attention needs, and not three stages of keys.
@@ -328,7 +330,7 @@ def rank_keys(
     )
     where = (*key_cache.stride(), block_table.stride(0))
     together = 1 if len(groups) == count else MAX_SCORED_TOGETHER
-    product = score_options(query, together, shared_memory(query.device), key_cache.stride(3))
+    product = score_options(query, together, shared_memory(query.device), key_cache.stride())
     product |= dict(PAGE=block_size, **dims)
     _spread[(num_parts, num_kv_heads, len(groups))](
         mean, variance, key_cache, block_table, segments, groups, spread, num_kv_heads, num_parts, *where,

@@ -34,12 +34,3 @@ def test_answers_are_those_of_one_process(llama, tmp_path):
     assert tokens_by_path == {"sparse": 1100, "dense below min_seq_len": 40, "dense asked by the request": 600}
     assert visited == causal == (700 * 701 + 400 * 401) // 2 * 4 * 3
     assert "s2o: no switch" not in log
-
-
-def test_of_the_older_executor_no_step_is_seen(llama, tmp_path, monkeypatch):
-    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
-    options = engines.options(llama, EXACT, distributed_executor_backend="ray")
-    (_, tokens_by_path, visited, causal), log = run(options, PROMPTS[:3], tmp_path)
-    assert tokens_by_path == {"sparse": 0}, "which are counted by request"
-    assert visited == causal == (700 * 701 + 400 * 401) // 2 * 4 * 3
-    assert "no switch, no dense requests, and figures without requests: Ray's older executor" in log

@@ -24,7 +24,10 @@ POINTERS = {
 """The other capitalised arguments are tables of int32."""
 
 
-def compile_for_hopper(kernel, constants: dict, dtype: str = "bf16", language=GluonASTSource, **options) -> int:
+def compile_for_hopper(
+    kernel, constants: dict, dtype: str = "bf16", language=GluonASTSource, aligned: bool = True, **options
+) -> int:
+    """aligned: strides are multiples of 16."""
     names = kernel.arg_names
     signature, attributes = {}, {}
     for at, name in enumerate(names):
@@ -35,7 +38,7 @@ def compile_for_hopper(kernel, constants: dict, dtype: str = "bf16", language=Gl
             attributes[(at,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name.endswith("scale") else "i32"
-            if name.startswith("stride") and name != "stride_table":
+            if aligned and name.startswith("stride") and name != "stride_table":
                 attributes[(at,)] = [["tt.divisibility", 16]]
     source = language(
         fn=kernel, signature=signature, attrs=attributes,
@@ -58,17 +61,18 @@ def main() -> None:
     print("attend_other", compile_for_hopper(hopper._attend, attend, "fp16", num_warps=4, maxnreg=248))
     sort = dict(BLOCK=32 * vote.ROUNDS, CLASSES=vote.CLASSES)
     print("count", compile_for_hopper(vote.count, dict(BLOCKS=4, **sort), num_warps=1))
-    for head_size, dtype, stride_dim in itertools.product((128, 256), (torch.bfloat16, torch.float32), (1, 16)):
+    strides = {"": (2**16, 2**12, 2**8, 1), "_apart": (2**16, 2**12, 2**8, 16), "_anywhere": (7 * 2**16, 7 * 2**12, 7, 1)}
+    for head_size, dtype, where in itertools.product((128, 256), (torch.bfloat16, torch.float32), strides):
         query = torch.empty(1, 1, head_size, dtype=dtype, device="meta")
-        score = rank.score_options(query, rank.MAX_SCORED_TOGETHER, 227 * 1024, stride_dim)
+        score = rank.score_options(query, rank.MAX_SCORED_TOGETHER, 227 * 1024, strides[where])
         options = {name: score.pop(name) for name in ("num_warps", "num_stages")}
         score |= dict(PAGE=16, D=head_size, BLOCK_D=block_dim(head_size), PART=rank.SCORE_PART)
-        score |= dict(CLASSES=32, LOGISTIC=naive.LOGISTIC / math.log(2)) | (
-            {"stride_dim": 1} if stride_dim == 1 else {}
-        )
+        score |= dict(CLASSES=32, LOGISTIC=naive.LOGISTIC / math.log(2))
+        score |= {"stride_dim": 1} if strides[where][3] == 1 else {}
+        options |= {"aligned": strides[where][2] % 16 == 0}
         name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
         taken = compile_for_hopper(rank._score, score, name, language=ASTSource, **options)
-        print(f"score_{head_size}_{name}_{stride_dim}", taken)
+        print(f"score_{head_size}_{name}{where}", taken)
     print("place", compile_for_hopper(vote.place, dict(PAGE=16, **sort), num_warps=1))
 
 

@@ -238,9 +238,9 @@ def test_compiled_for_a_hopper_gpu():
         line.split() for line in done.stdout.splitlines() if line.startswith(("attend", "count", "place", "score"))
     )
     assert 0 < int(shared["attend_other"]) < int(shared["attend"]) <= 227 * 1024
-    assert 0 < int(shared["score_128_bf16_1"]) < int(shared["score_256_bf16_1"])
+    assert 0 < int(shared["score_128_bf16"]) < int(shared["score_256_bf16"])
     scores = {name: int(taken) for name, taken in shared.items() if name.startswith("score")}
-    assert len(scores) == 8
+    assert len(scores) == 12
     assert max(scores.values()) <= 227 * 1024, scores
     assert int(shared["count"]) == int(shared["place"]) == 0
 
