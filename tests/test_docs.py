@@ -17,6 +17,9 @@ TEXTS = {page.name: page.read_text() for page in PAGES}
 NAMES = {page: set(re.findall(r"`([^`\n]+)`", text)) for page, text in TEXTS.items()}
 
 
+STEPS = ("calibrate", "evaluate", "report")
+
+
 def test_the_reference_is_what_make_docs_writes():
     assert TEXTS["config.md"] == config_reference.markdown()
     assert TEXTS["config.md"].count("\n| `") == len(config_reference.fields())
@@ -27,6 +30,21 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", TEXTS[page]):
         if not target.startswith("https://"):
             assert (ROOT / "docs" / target).exists(), target
+
+
+def test_the_contents_of_readme_lead_to_its_headings():
+    text = (ROOT / "README.md").read_text()
+    headings = {h.lower().replace(",", "").replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+    linked = set(re.findall(r"\(#([^)]+)\)", text))
+    assert linked and linked <= headings
+
+
+def test_readme_begins_with_a_server_its_proof_a_config_and_a_page():
+    """In this order, before any table, and as a checkout has them: the command is on no path there."""
+    first = (ROOT / "README.md").read_text().partition("\n## First steps\n")[2].partition("\n## ")[0]
+    wanted = ["make serve ", ".venv/bin/python ", "curl ", *(f".venv/bin/vllm-s2o {name} " for name in STEPS)]
+    places = [first.find(f"\n    {start}") for start in [*wanted, "make serve ARGS="]]
+    assert -1 not in places and places == sorted(places)
 
 
 def test_every_page_is_listed():

@@ -14,7 +14,7 @@ import yaml
 from environments import Environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from processes import ROOT, without
+from processes import ROOT, make, without
 
 from vllm_s2o import S2OParams, compat
 from vllm_s2o.config import ModelTraits, load_config
@@ -78,11 +78,13 @@ SERVERS = {
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+STARTS = rf"^ {{4,}}((?:{' '.join(SERVE)}|{' '.join(MODULE)}) .+)$"
 WRITTEN = {
     f"{page.name}: {line}": served_with(shlex.split(line, comments=True))
     for page in PAGES
-    for line in re.findall(r"^ {4,}(vllm serve .+)$", page.read_text(), re.MULTILINE)
+    for line in re.findall(STARTS, page.read_text(), re.MULTILINE)
 }
+MADE = re.findall(r"^ {4}(make serve ARGS=.+)$", (ROOT / "README.md").read_text(), re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +115,34 @@ def test_there_are_servers_to_look_at():
 
 def test_pages_start_servers():
     assert {line.partition(":")[0] for line in WRITTEN} >= {"README.md"}
+    readme = {tuple(line.split()[1:3]) for line in WRITTEN if line.startswith("README.md")}
+    assert readme >= {("vllm", "serve"), ("python", "-P")}, "with a GPU, and without one"
+
+
+def test_vllm_serve_gets_its_model_first():
+    """vLLM warns that `vllm serve --model` will go; the image's entry point is that command."""
+    module = " ".join(MODULE)
+    given = {line: words for line, words in (SERVERS | WRITTEN).items() if module not in line}
+    assert [line for line, words in given.items() if words[0].startswith("-")] == []
 
 
 @pytest.mark.parametrize("line", SERVERS | WRITTEN)
 def test_a_server_understands_the_command(options, line):
     found = options((SERVERS | WRITTEN)[line])
     assert getattr(found.attention_backend, "name", found.attention_backend) == "CUSTOM"
+
+
+@pytest.mark.parametrize("line", MADE)
+def test_make_serves_with_a_config(options, line):
+    """README's command, through make and the shell that runs what it says."""
+    words = shlex.split(make("serve-command", *shlex.split(line)[2:]))
+    found = options(words[words.index("--model" if "--model" in words else "serve") + 1 :])
+    assert found.additional_config == {"s2o": "my.yaml"}
+    assert getattr(found.attention_backend, "name", found.attention_backend) == "CUSTOM"
+
+
+def test_readme_serves_with_a_config():
+    assert MADE
 
 
 def test_what_an_unknown_flag_does(options, capsys):

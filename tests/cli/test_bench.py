@@ -2,11 +2,15 @@
 
 import contextlib
 import json
+import shlex
+import sys
 from types import SimpleNamespace
 
 import pytest
+from models import write_smollm2
 
 from vllm_s2o.cli import bench
+from vllm_s2o.cli.server import Server, ServerError
 from vllm_s2o.cli.vllm_bench import BenchError
 
 LINE = (
@@ -48,9 +52,10 @@ def tools(monkeypatch):
     return found
 
 
-def test_both_side_by_side(command, tools, smollm2):
+def test_both_side_by_side(command, tools, tmp_path):
     tokens = ("--tokens", "9000", "--tokens", "16000")
-    ended = command("bench", smollm2, *tokens, "--concurrency", "8", "--server", "--seed 3")
+    model = write_smollm2(tmp_path / "long", max_position_embeddings=32768)
+    ended = command("bench", model, *tokens, "--concurrency", "8", "--server", "--seed 3")
     assert ended.status == 0
     (ours, _), (theirs, _) = tools.servers
     assert ours == ["--no-enable-prefix-caching", "--attention-backend", "CUSTOM", "--seed", "3"]
@@ -80,7 +85,9 @@ def test_what_a_script_gets(command, tools, smollm2, monkeypatch, tmp_path):
     assert ended.err == ""
     document = json.loads(ended.out)
     (run,) = document["runs"]
-    assert (run["tool"], run["prompt_len"], run["prompts"], run["concurrency"]) == ("serve", 8192, 5, 1)
+    assert (run["tool"], run["prompt_len"], run["prompts"], run["concurrency"]) == ("serve", 8176, 5, 1), (
+        "as many as the context holds with the answer"
+    )
     assert (run["s2o"]["median_ttft_ms"], run["dense"]["median_ttft_ms"]) == (100.0, 200.0)
     assert (run["s2o"]["density"], run["dense"]["density"]) == (0.25, None)
     assert not tools.engines
@@ -97,12 +104,68 @@ def test_prompts_that_all_ran_dense_are_told_of(command, tools, smollm2):
     assert "No prompt was long enough for S2O: see min_seq_len in `vllm-s2o config show MODEL`." in ended.err
 
 
-@pytest.mark.parametrize("given", ["--attention-backend FLASHINFER", "--additional-config={}"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        "--attention-backend FLASHINFER", "--attention_backend FLASHINFER", "--attention-b=FLASHINFER",
+        "--attention-config {}", "--attention-config.backend=FLASHINFER", "-ac.backend FLASHINFER", "-ac {}",
+        "--additional-config={}", "--additional_config {}", "--additional-config.s2o.threshold 1", "--config a.yaml",
+    ],
+)  # fmt: skip
 def test_what_is_compared_cannot_be_chosen(command, tools, given):
     ended = command("bench", "m", "--server", given)
     assert ended.status == 2
-    assert "--server cannot choose the backend or the additional config: both are compared here." in ended.sentence
+    assert "--server cannot choose the backend or the additional config, nor name a --config file: " in ended.sentence
     assert not tools.servers
+
+
+def test_prompts_are_as_many_as_asked(command, tools, smollm2):
+    ended = command("bench", smollm2, "--prompts", "1", "--concurrency", "4")
+    assert ended.status == 2 and "--prompts 1 is fewer than --concurrency 4: give as many, or more." in ended.sentence
+    assert command("bench", smollm2, "--prompts", "2").status == 0
+    assert {load.prompts for load in tools.loads} == {2}
+    assert all(arguments[arguments.index("--num-prompts") + 1] == "2" for _, arguments in tools.engines)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("--tokens 8192", "--tokens 8192 and --output 16 do not fit into the context of 8192 tokens: allowed are "
+         "prompts of up to 8176."),
+        ("--tokens 4096 --server --max-model-len=4096", "of 4096 tokens: allowed are prompts of up to 4080."),
+        ("--output 8192", "--output 8192 leaves no room for a prompt: the context ends at 8192 tokens."),
+        ("--tokens 8176", None),
+        ("--tokens 20000 --server '--max_model_len 32768'", None),
+        ("--tokens 20000 --server '--max-model-len 32k'", None),
+        ("--tokens 20000 --server --hf-overrides={}", None),
+    ],
+)  # fmt: skip
+def test_prompts_end_within_the_context(command, tools, smollm2, given, said):
+    ended = command("bench", smollm2, "--tool", "serve", *shlex.split(given))
+    assert ended.status == (2 if said else 0)
+    assert not said or (said in ended.sentence and not tools.servers)
+
+
+def test_a_context_that_yarn_extends_is_left_to_vllm(command, tools, tmp_path):
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
+    model = write_smollm2(tmp_path / "yarn", rope_scaling=rope)
+    assert command("bench", model, "--tokens", "20000").status == 0
+
+
+def test_without_vllm_there_is_advice(command, tools, smollm2, monkeypatch):
+    monkeypatch.setattr(bench.checks.importlib.util, "find_spec", lambda name: None)
+    ended = command("bench", smollm2)
+    assert ended.status == 1 and not tools.servers
+    assert "vLLM, whose tools are run, is not installed: install it: pip install 'vllm" in ended.sentence
+
+
+def test_a_server_is_started_without_a_client(tmp_path, monkeypatch):
+    """`vllm bench` brings its own: without openai, which comes with vLLM, nothing else fails."""
+    monkeypatch.setitem(sys.modules, "openai", None)
+    server = Server("m", tmp_path / "log", name="m")
+    server.command = [sys.executable, "-c", ""]
+    with pytest.raises(ServerError, match=r"^the server ended with 0:"), server:
+        pass
 
 
 @pytest.mark.parametrize(
@@ -118,6 +181,22 @@ def test_what_no_server_would_take_is_told_before_one_starts(command, tools, smo
     ended = command("bench", model or smollm2, "--additional-config", given)
     assert ended.status == 1 and said in ended.sentence
     assert not tools.servers and not tools.engines
+
+
+@pytest.mark.parametrize(
+    "said, sentence",
+    [
+        ("the server ended with 1:", "the server ended with 1"),
+        ("vllm bench serve ended with 2; the end of its output:", "vllm bench serve ended with 2"),
+    ],
+)
+def test_what_vllm_said_keeps_its_lines(command, tools, smollm2, said, sentence):
+    tools.fails = f"{said}\nusage: vllm\n\n  --flag   what it does\nerror: no"
+    ended = command("bench", smollm2)
+    *lines, last = ended.err.splitlines()
+    assert lines[-4:] == ["usage: vllm", "", "  --flag   what it does", "error: no"]
+    assert last == f"vllm-s2o: S2O: {sentence}: see the lines above; --logs DIR would keep the logs."
+    assert command("bench", smollm2, "--logs", "there").err.endswith("see the lines above; there holds the logs.\n")
 
 
 def test_a_tool_that_fails(command, tools, smollm2):

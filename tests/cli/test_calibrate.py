@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from pathlib import Path
 
 import calibration_case
 import click
@@ -88,11 +89,19 @@ def test_an_interruption_says_how_to_go_on(command, checkpoint, tmp_path, monkey
         (("--max-relative-error", "0.1", "--text", "nowhere.txt"), 1, "The text nowhere.txt cannot be read: "),
         (("--max-relative-error", "much"), 2, "'much' is not a valid float."),
         (("--min-seq-len", "0"), 2, "Invalid value for '--min-seq-len': "),
+        (("--max-relative-error", "0.1", "--min-seq-len", "2147483648"), 2, "Invalid value for '--min-seq-len': "),
+        (
+            ("--max-relative-error", "0.1", *SMALL, "--additional-config", '{"s2o": {"reference_len": 8192}}'),
+            1,
+            "The field 'params.reference_len' cannot be given to a calibration: it becomes the length that thresholds "
+            "are judged at (--tokens); leave it out.",
+        ),
     ],
 )
 def test_nonsense_is_refused_in_a_line(command, checkpoint, arguments, status, said):
     ended = command("calibrate", checkpoint, "--out", "a.yaml", *arguments)
     assert ended.status == status and said in ended.sentence
+    assert not Path("a.yaml").exists()
 
 
 def test_a_model_without_weights_is_refused_in_a_line(command, smollm2):

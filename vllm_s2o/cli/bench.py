@@ -12,6 +12,7 @@ import click
 
 from vllm_s2o import model as models
 from vllm_s2o import settings
+from vllm_s2o.cli import checks
 from vllm_s2o.cli.environment import describe
 from vllm_s2o.cli.options import additional_config, as_json, print_json
 from vllm_s2o.cli.progress import layers_done
@@ -31,6 +32,10 @@ FIGURES = {
 """What the table shows, where a tool has measured it."""
 MORE_IS_BETTER = ("tokens_per_s",)
 START_SECONDS = 900
+TOKENS, PROMPTS = 8192, 5
+"""Unless the context is shorter, or more prompts are asked at a time."""
+COMPARED = ("--attention-backend", "--attention-config", "--additional-config")
+"""Flags that tell the two servers apart. vLLM takes their beginnings, too, and names with underscores."""
 
 
 class Run(NamedTuple):
@@ -54,9 +59,14 @@ class Run(NamedTuple):
     "--tool", "tools", multiple=True, type=click.Choice(["serve", "throughput"]),
     help="Of `vllm bench`; both if not given.",
 )  # fmt: skip
-@click.option("--tokens", type=click.IntRange(1), multiple=True, help="Of each prompt; repeatable. [default: 8192]")
+@click.option(
+    "--tokens", type=click.IntRange(1), multiple=True,
+    help=f"Of each prompt; repeatable. [default: {TOKENS}, or what the model's context holds]",
+)  # fmt: skip
 @click.option("--output", type=click.IntRange(1), default=16, show_default=True, help="Tokens of each answer.")
-@click.option("--prompts", type=click.IntRange(1), default=5, show_default=True)
+@click.option(
+    "--prompts", type=click.IntRange(1), help=f"Of each run. [default: {PROMPTS}, or --concurrency if that is more]"
+)
 @click.option(
     "--concurrency", type=click.IntRange(1), default=1, show_default=True, help="Prompts at a time, of serve."
 )
@@ -65,7 +75,7 @@ class Run(NamedTuple):
 @additional_config
 @as_json
 def bench(
-    model: str, tools: tuple[str, ...], tokens: tuple[int, ...], output: int, prompts: int, concurrency: int,
+    model: str, tools: tuple[str, ...], tokens: tuple[int, ...], output: int, prompts: int | None, concurrency: int,
     server: list[str], logs: Path | None, additional: dict[str, Any] | None, as_json: bool,
 ) -> None:  # fmt: skip
     """How fast MODEL is served with S2O, and how fast without, by `vllm bench serve` and `vllm bench throughput`.
@@ -78,29 +88,21 @@ def bench(
     Example, for a machine without a GPU (with one, leave --server out):
       vllm-s2o bench .models/SmolLM2-135M-Instruct --tool serve --tokens 4096 --prompts 1 --server "--enforce-eager --gpu-memory-utilization 0.5"
     """  # noqa: E501
-    named = [argument for argument in server if argument.partition("=")[0] in ("--attention-backend", "-ac")]
-    if named or any(argument.partition("=")[0] == "--additional-config" for argument in server):
-        raise click.UsageError("--server cannot choose the backend or the additional config: both are compared here.")
+    _check(server, prompts, concurrency)
     # Before any server: vLLM would say the same at the end of a long log.
-    settings.load_with(settings.traits_of(models.read(model)), settings.part_of(additional))
-    lengths = tokens or (8192,)
-    loads = [Load(length, output, concurrency, max(prompts, concurrency)) for length in lengths]
+    known = models.read(model)
+    settings.load_with(settings.traits_of(known), settings.part_of(additional))
+    lengths = _lengths(tokens, output, _longest(known, server))
+    loads = [Load(length, output, concurrency, prompts or max(PROMPTS, concurrency)) for length in lengths]
     runs = [Run(tool, load) for tool in tools or ("serve", "throughput") for load in loads]
     flags = {WITH: ["--attention-backend", "CUSTOM"], WITHOUT: []}
     if additional is not None:
         flags[WITH] += ["--additional-config", json.dumps(additional)]
-    found: dict[Run, dict[str, dict[str, Any]]] = {run: {} for run in runs}
-    with tempfile.TemporaryDirectory() as scratch:
-        where = logs or Path(scratch)
-        where.mkdir(parents=True, exist_ok=True)
-        with layers_done(len(flags) * len(runs), quiet=as_json, unit="runs") as progress:
-            for name, more in flags.items():
-                arguments = ["--no-enable-prefix-caching", *more, *server]
-                try:
-                    for run, figures in _measure(model, name, arguments, runs, where, progress):
-                        found[run][name] = figures
-                except (BenchError, ServerError) as error:
-                    raise click.ClickException(f"{name}: {error}") from error
+    arguments = {name: ["--no-enable-prefix-caching", *more, *server] for name, more in flags.items()}
+    try:
+        found = _compare(model, arguments, runs, logs, quiet=as_json)
+    except (BenchError, ServerError) as error:
+        raise _failed(error, logs) from error
     if not any(figures[WITH].get("density") is not None for figures in found.values()):
         click.echo("No prompt was long enough for S2O: see min_seq_len in `vllm-s2o config show MODEL`.", err=True)
     if as_json:
@@ -108,6 +110,87 @@ def bench(
         return
     for run, of in found.items():
         click.echo("\n".join(_table(run, of)))
+
+
+def _check(server: list[str], prompts: int | None, concurrency: int) -> None:
+    """Refuse what would be no comparison, or none of what was asked."""
+    if any(map(_is_compared, server)):
+        raise click.UsageError(
+            "--server cannot choose the backend or the additional config, nor name a --config file: both are compared "
+            "here."
+        )
+    if prompts is not None and prompts < concurrency:
+        raise click.UsageError(f"--prompts {prompts} is fewer than --concurrency {concurrency}: give as many, or more.")
+    advice = checks.without_vllm()
+    if advice is not None:
+        raise click.ClickException(f"vLLM, whose tools are run, is not installed: {advice}")
+
+
+def _is_compared(argument: str) -> bool:
+    name = _flag(argument)
+    return name in ("-ac", "--config") or (len(name) > 2 and any(flag.startswith(name) for flag in COMPARED))
+
+
+def _flag(argument: str) -> str:
+    """The name, as vLLM reads it, of a flag or of a field of one."""
+    return argument.partition("=")[0].partition(".")[0].replace("_", "-")
+
+
+def _longest(known: models.Model, server: list[str]) -> int | None:
+    """Tokens that a prompt and its answer may have together; None where vLLM alone knows."""
+    flags = [_flag(argument) for argument in server]
+    if "--max-model-len" in flags:
+        at = flags.index("--max-model-len")
+        given = server[at].partition("=")[2] or "".join(server[at + 1 : at + 2])
+        return int(given) if given.isdecimal() else None
+    text = known.hf_text_config
+    rope = [getattr(text, name, None) for name in ("rope_parameters", "rope_scaling")]
+    # A factor may or may not be a part of the length that the file states.
+    return None if "--hf-overrides" in flags or "factor" in str(rope) else known.max_model_len
+
+
+def _lengths(tokens: tuple[int, ...], output: int, longest: int | None) -> tuple[int, ...]:
+    """Of prompts, so that answers fit behind them."""
+    if longest is None:
+        return tokens or (TOKENS,)
+    most = longest - output
+    if most < 1:
+        raise click.UsageError(f"--output {output} leaves no room for a prompt: the context ends at {longest} tokens.")
+    if tokens and max(tokens) > most:
+        raise click.UsageError(
+            f"--tokens {max(tokens)} and --output {output} do not fit into the context of {longest} tokens: allowed "
+            f"are prompts of up to {most}."
+        )
+    return tokens or (min(TOKENS, most),)
+
+
+def _failed(error: Exception, logs: Path | None) -> click.ClickException:
+    """The sentence, after what vLLM said at last."""
+    sentence, _, said = str(error).partition("\n")
+    if not said.strip():
+        return click.ClickException(sentence)
+    click.echo(said, err=True)
+    sentence = sentence.rstrip(":.").removesuffix("; the end of its output")
+    more = f"{logs} holds the logs" if logs else "--logs DIR would keep the logs"
+    return click.ClickException(f"{sentence}: see the lines above; {more}.")
+
+
+def _compare(
+    model: str, arguments: dict[str, list[str]], runs: list[Run], logs: Path | None, quiet: bool
+) -> dict[Run, dict[str, dict[str, Any]]]:
+    """Run -> side -> figures, for sides with these arguments of vLLM."""
+    found: dict[Run, dict[str, dict[str, Any]]] = {run: {} for run in runs}
+    with tempfile.TemporaryDirectory() as scratch:
+        where = logs or Path(scratch)
+        where.mkdir(parents=True, exist_ok=True)
+        with layers_done(len(arguments) * len(runs), quiet=quiet, unit="runs") as progress:
+            for name, given in arguments.items():
+                try:
+                    for run, figures in _measure(model, name, given, runs, where, progress):
+                        found[run][name] = figures
+                except (BenchError, ServerError) as error:
+                    raise type(error)(f"{name}: {error}") from error
+    return found
 
 
 def _measure(

@@ -7,7 +7,7 @@ import click
 
 from vllm_s2o import model as models
 from vllm_s2o import settings
-from vllm_s2o.cli.options import additional_config, as_json, print_json
+from vllm_s2o.cli.options import TEXTS, additional_config, as_json, print_json
 from vllm_s2o.cli.progress import layers_done
 
 if TYPE_CHECKING:
@@ -22,13 +22,13 @@ LONGEST = 2**20
 @click.option("--max-relative-error", type=float, metavar="X", help="Budget: each layer's squared error, as a share.")
 @click.option("--target-density", type=float, metavar="X", help="Budget: visited / causal pairs, mean over layers.")
 @click.option("--max-logit-kl", type=float, metavar="X", help="Budget: divergence of the next token, in nats.")
-@click.option("--text", "texts", multiple=True, metavar="TEXT", help="code, prose, dialogue, tables, or a UTF-8 file.")
+@click.option("--text", "texts", multiple=True, metavar="TEXT", help=TEXTS)
 @click.option("--tokens", type=click.IntRange(1, LONGEST), default=8192, show_default=True, help="Of each prompt.")
 @click.option(
     "--segment-len", "segment_lens", type=int, multiple=True, metavar="N", help="To try; default 256 and 512."
 )
 @click.option(
-    "--min-seq-len", type=click.IntRange(1), metavar="N",
+    "--min-seq-len", type=click.IntRange(1, 2**31 - 1), metavar="N",
     help="Of the config; by default estimated, within a quarter of the model's context.",
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Which tiles of the prompts are looked at.")
@@ -107,15 +107,15 @@ def _lines(found: "Found") -> list[str]:
         threshold, density = found.single
         rows.append(f"The best single threshold with no worse layer, {threshold:.3g}, visits {density:.3f}.")
     if found.kl is not None:
-        rows.append(f"Divergence of the next token: {found.kl:.2g} nats.")
+        rows.append(f"Divergence of the next token, on the first text where they were chosen: {found.kl:.2g} nats.")
     return rows
 
 
 def _document(found: "Found", out: Path) -> dict[str, Any]:
     return {
         "file": str(out), "segment_len": found.params.segment_len, "min_seq_len": found.min_seq_len,
-        "density": found.density, "worst_relative_error": found.worst_error, "logit_kl": found.kl,
-        "notes": list(found.notes),
+        "density": found.density, "worst_relative_error": found.worst_error,
+        "logit_kl_where_chosen": found.kl, "notes": list(found.notes),
         "worst_relative_error_where_chosen": max(choice.error for choice in found.layers),
         "single": None if found.single is None else {"threshold": found.single[0], "density": found.single[1]},
         "layers": [

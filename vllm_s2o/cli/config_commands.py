@@ -67,7 +67,7 @@ def _document(resolved: ResolvedConfig) -> dict[str, Any]:
         "source": resolved.source,
         "matched": resolved.matched,
         "named_by": resolved.named_by,
-        "provenance": resolved.file.provenance.model_dump(),
+        "provenance": resolved.file.provenance.model_dump(mode="json"),  # YAML has dates
         "fields": _values(resolved),
         "layers": _overrides(resolved),
         "dense_layers": [layer for layer in layers if resolved.layer(layer) is None],

@@ -1,6 +1,8 @@
 """`vllm-s2o evaluate`: what a config costs a model."""
 
 import functools
+import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,9 @@ import click
 
 from vllm_s2o import model as models
 from vllm_s2o import settings
-from vllm_s2o.cli.options import additional_config, as_json, chosen_config, print_json
+from vllm_s2o.cli.options import TEXTS, additional_config, as_json, chosen_config, print_json
 from vllm_s2o.cli.progress import layers_done
+from vllm_s2o.config import ENVIRONMENT, ResolvedConfig
 
 FORMATS = {
     "density": ".3f", "rel_error": ".1e", "agreement": ".2%", "kl": ".2g", "perplexity": ".3f",
@@ -23,7 +26,7 @@ FORMATS = {
 @click.argument("model", metavar="MODEL")
 @click.option("--config", "file", metavar="FILE", help="The config; by default the one that MODEL gets.")
 @additional_config
-@click.option("--text", "texts", multiple=True, metavar="TEXT", help="code, prose, dialogue, tables, or a UTF-8 file.")
+@click.option("--text", "texts", multiple=True, metavar="TEXT", help=TEXTS)
 @click.option("--split", type=click.Choice(["choosing", "held-out"]), default="held-out", show_default=True)
 @click.option("--tokens", type=click.IntRange(2), default=8192, show_default=True, help="Of each prompt.")
 @as_json
@@ -94,8 +97,25 @@ def evaluate(
     click.echo(
         f"\nThe layer that errs most is {worst.layer}: {worst.rel_error:.1e} at a density of {worst.density:.3f}."
     )
+    click.echo(_servers(model, _given(config, file, additional)))
+
+
+def _given(config: ResolvedConfig, file: str | None, additional: dict[str, Any] | None) -> Any:
+    """What a server must be told under "s2o" to have the config that was judged; None where it finds that by itself."""
+    fields = settings.part_of(additional)
+    if file is not None or config.named_by != ENVIRONMENT:
+        return file or fields
+    named = os.environ[ENVIRONMENT]  # which servers that are started for tasks do not inherit
+    return {"config": named, **fields} if fields else named
+
+
+def _servers(model: str, given: Any) -> str:
+    """The commands that ask a server with this config."""
     name = shlex.quote(model)
-    click.echo(
-        f"A server's answers: python -P -m vllm_s2o.quality.tasks {name} --out tasks.csv asks tasks with S2O and "
-        f"without, python -P -m vllm_s2o.quality.needles {name} prints a request that hides a number."
+    flag = "" if given is None else f"--additional-config {shlex.quote(json.dumps({'s2o': given}))}"
+    server = f" --server={shlex.quote(flag)}" if flag else ""
+    whose = f", of a server that was started with {flag}" if flag else ""
+    return (
+        f"A server's answers: python -P -m vllm_s2o.quality.tasks {name} --out tasks.csv{server} asks tasks with S2O "
+        f"and without; python -P -m vllm_s2o.quality.needles {name} prints a request that hides a number{whose}."
     )

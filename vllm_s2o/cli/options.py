@@ -1,6 +1,7 @@
 """What several subcommands take."""
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,8 @@ import click
 
 from vllm_s2o import settings
 from vllm_s2o.config import ConfigError, ModelTraits, ResolvedConfig, load_file
+
+TEXTS = "code, prose, dialogue, tables, or a UTF-8 file; repeatable. [default: code and prose]"
 
 
 class JsonObject(click.ParamType):
@@ -55,4 +58,13 @@ def as_json(command: Callable) -> Callable:
 
 
 def print_json(document: Any) -> None:
-    click.echo(json.dumps(document, indent=2))
+    click.echo(json.dumps(_finite(document), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

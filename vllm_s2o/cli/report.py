@@ -69,18 +69,16 @@ def report(
         from vllm_s2o.report.prompt import section
 
         sections.append(section(prompt))
-        if picture is not None:
-            from vllm_s2o.report import plot
-
-            whose = f"{Path(prompt.model).resolve().name}, layer {prompt.layer}, head {prompt.head}"
-            title = f"{whose}: {prompt.num_tokens:,} tokens of {Path(prompt.text).name}"
-            plot.draw(prompt.maps, title, picture)
     if found is not None:
         sections.append(bench.section(found))
     title = "S2O: " + " and ".join(
         ([f"a prompt of {Path(model).name}"] if model else []) + (["results"] if found else [])
     )
+    out.parent.mkdir(parents=True, exist_ok=True)
     page.write(out, page.page(title, sections, _made()))
+    if prompt is not None and picture is not None:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        _draw(prompt, picture)
     if as_json:
         print_json(_document(out, picture, prompt, found))
         return
@@ -92,6 +90,13 @@ def report(
     for path in (out, picture):
         if path is not None:
             click.echo(f"Written: {path}, {path.stat().st_size / 1024:,.0f} KiB.")
+
+
+def _draw(prompt: "Prompt", picture: Path) -> None:
+    from vllm_s2o.report import plot
+
+    whose = f"{Path(prompt.model).resolve().name}, layer {prompt.layer}, head {prompt.head}"
+    plot.draw(prompt.maps, f"{whose}: {prompt.num_tokens:,} tokens of {Path(prompt.text).name}", picture)
 
 
 def _check(
@@ -108,13 +113,25 @@ def _check(
         raise click.UsageError("--prompt and --text cannot be given together.")
     if given["file"] is not None and settings.part_of(given["additional"]) is not None:
         raise click.UsageError("--config and --additional-config cannot be given together.")
-    if given["picture"] is not None and importlib.util.find_spec("matplotlib") is None:
-        raise click.UsageError("--picture needs matplotlib: pip install matplotlib.")
-    for path in filter(None, (out, given["picture"])):
+    picture = given["picture"]
+    if picture is not None:
+        _check_picture(picture, out)
+    for path in filter(None, (out, picture)):
         if path.exists() and not force:
             raise click.UsageError(f"{path} is there already: name another file, or add --force.")
-        if not os.access(path.absolute().parent, os.W_OK):
-            raise click.UsageError(f"{path} cannot be written: there is no directory {path.parent} to write into.")
+        # Folders that are missing are made.
+        folder = next(folder for folder in path.absolute().parents if folder.exists())
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise click.UsageError(f"{path} cannot be written: {folder} is no directory to write into.")
+
+
+def _check_picture(picture: Path, out: Path) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise click.UsageError("--picture needs matplotlib: pip install matplotlib.")
+    if picture.resolve() == out.resolve():
+        raise click.UsageError(f"--out and --picture are both {out}: name two files.")
+    if picture.suffix.lower() != ".png":
+        raise click.UsageError(f"--picture writes a PNG: name a file that ends in .png, not {picture}.")
 
 
 def _run(

@@ -1,6 +1,7 @@
 """A vLLM server in a process group of its own: started, waited for, asked, and gone afterwards."""
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import signal
@@ -92,9 +93,13 @@ class Server:
         self.command = [*vllm_command(), str(model), "--host", "127.0.0.1", "--port", str(self.port)]
         self.command += ["--served-model-name", name, *args]
         self.env = environment(env)
+
+    @functools.cached_property
+    def client(self) -> Any:
+        """Of openai, for who asks by it: `vllm bench` has one of its own."""
         from openai import OpenAI  # takes a second, which other commands need not wait
 
-        self.client = OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", timeout=300, max_retries=0)
+        return OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", timeout=300, max_retries=0)
 
     @property
     def log(self) -> str:
@@ -142,7 +147,8 @@ class Server:
                 os.killpg(self.process.pid, sign)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(seconds)
-        self.client.close()
+        if "client" in self.__dict__:
+            self.client.close()
 
     def ask(self, prompt: str, **options: Any) -> str:
         """The greedy answer to a chat message."""

@@ -119,7 +119,8 @@ def check_length(config: ResolvedConfig, num_tokens: int) -> None:
     if num_tokens < config.min_seq_len:
         raise ReportError(
             f"The prompt has {num_tokens} tokens, and {config.source} makes prompts sparse from min_seq_len="
-            f"{config.min_seq_len} on: give a longer one, or another min_seq_len."
+            f"{config.min_seq_len} on: give a longer one, or another minimum with "
+            '--additional-config \'{"s2o": {"min_seq_len": N}}\'.'
         )
 
 

@@ -8,7 +8,7 @@ from .style import DRAWN_LINE, LIGHT
 
 
 def draw(maps: Maps, title: str, out: Path) -> None:
-    """Both maps, with the stop line over the second one; needs matplotlib."""
+    """Both maps as a PNG, with the stop line over the second one; needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -39,5 +39,5 @@ def draw(maps: Maps, title: str, out: Path) -> None:
     bar.set_label("share of the query's attention", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(out, dpi=120)
+    figure.savefig(out, dpi=120, format="png")
     plt.close(figure)

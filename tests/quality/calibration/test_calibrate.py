@@ -76,6 +76,8 @@ def test_a_divergence_of_logits_is_kept(checkpoint, tmp_path):
     config = load_config(config.traits, {"config": str(out), "min_seq_len": 1})
     measured, _ = cost.measure(source.load(), source.prompt("prose", TOKENS, "choosing"), config)
     assert measured.kl == pytest.approx(found.kl, rel=1e-3) and measured.kl <= 0.05
+    written = config.file.provenance.calibration["logit_kl_where_chosen"]
+    assert written == pytest.approx(found.kl, rel=1e-2), "and says of which text it is"
 
 
 def test_what_was_cut_off_goes_on(checkpoint, calibrated, tmp_path, monkeypatch):

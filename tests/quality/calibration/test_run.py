@@ -1,15 +1,19 @@
 """What calibration promises, on a model that is worth one: it beats a single threshold, and its figures are true."""
 
+import functools
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from calibration_case import TASK, TOKENS
 
 from vllm_s2o.config import ModelTraits, S2OParams, load_config
+from vllm_s2o.config_file import DIMENSIONS
 from vllm_s2o.quality import cost
-from vllm_s2o.quality.calibration import Budget, CalibrationError, calibrate, choose, curves, speed
+from vllm_s2o.quality.calibration import Budget, CalibrationError, calibrate, choose, curves, run, speed
 from vllm_s2o.quality.calibration.search import Choice
 from vllm_s2o.quality.capture import model_traits, open_model
 from vllm_s2o.quality.sweep import sweep
@@ -132,6 +136,18 @@ def test_sweeps_with_other_settings_are_not_mixed(checkpoint, tmp_path, changes,
 # -- nonsense ---------------------------------------------------------------------------------------------------------
 
 
+GIVEN = [
+    ({"reference_len": 8192}, "params.reference_len"),
+    ({"params": {"reference_len": None}}, "params.reference_len"),
+    ({"threshold": 0.01}, "params.threshold"),
+    ({"layers": [{"layers": 0, "threshold": "dense"}]}, "layers"),
+    ({"segment_len": 256}, "params.segment_len"),
+    ({"budget": 0.1}, "params.budget"),
+    ({"min_seq_len": 512}, "min_seq_len"),
+]
+"""What is searched or set, which a user cannot give over the present config."""
+
+
 @pytest.mark.parametrize(
     "budget, changes, said",
     [
@@ -140,6 +156,11 @@ def test_sweeps_with_other_settings_are_not_mixed(checkpoint, tmp_path, changes,
         (ERROR, {"segment_lens": (200,)}, "These parameters cannot be used: segment_len=200 must be a multiple of "),
         (ERROR, {"segment_lens": (0,)}, "These parameters cannot be used: "),
         (ERROR, {"segment_lens": ()}, "At least one segment length must be named."),
+        (ERROR, {"min_seq_len": 2**31}, "min_seq_len cannot be 2147483648: allowed is a number from 1 to 2147483647."),
+        *(
+            (ERROR, {"additional": given}, f"The field '{field}' cannot be given to a calibration: ")
+            for given, field in GIVEN
+        ),
     ],
 )
 def test_nonsense_is_told_in_a_sentence_before_anything_is_run(checkpoint, tmp_path, swept, budget, changes, said):
@@ -186,6 +207,45 @@ def test_a_density_that_lengths_forbid_is_told_before_anything_is_run(checkpoint
     least = curves.least_density(TOKENS, S2OParams(segment_len=256))
     assert least <= named < least + 1e-3
     assert swept == [] and list(tmp_path.iterdir()) == []
+
+
+# -- the file ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_named_has_its_values_replaced(checkpoint, tmp_path):
+    """All that is searched, that is; what is not stays, and so does the file."""
+    mine, out = tmp_path / "mine.yaml", tmp_path / "a.yaml"
+    mine.write_text("params: {reference_len: 77, threshold: 0.5, dense_tail: 64}\nmin_seq_len: 300\n")
+    found = calibrate(checkpoint, out, ERROR, **TASK | {"segment_lens": (256,)}, additional=str(mine))
+    config = config_of(checkpoint, out)
+    assert (config.params.reference_len, config.params.dense_tail) == (TOKENS, 64)
+    assert (config.min_seq_len, config.params.threshold) == (TASK["min_seq_len"], found.params.threshold)
+    assert "reference_len: 77" in mine.read_text()
+
+
+@pytest.mark.parametrize("names, kept", [(["someone/else"], False), (["another", "someone/MODEL"], True)])
+def test_the_file_names_the_model_that_was_calibrated(checkpoint, tmp_path, monkeypatch, names, kept):
+    """A shipped file that fits by dimensions alone is another model's."""
+    (model := tmp_path / "model").symlink_to(checkpoint)
+    source = open_model(str(model), TOKENS)
+    dimensions = {name: getattr(source.traits, name) for name in DIMENSIONS}
+    (configs := tmp_path / "configs").mkdir()
+    (configs / "shipped.yaml").write_text(json.dumps({"match": {"names": names, **dimensions}}))
+    monkeypatch.setattr(run, "load_config", functools.partial(load_config, configs_dir=configs))
+    out = tmp_path / "a.yaml"
+    calibrate(str(model), out, ERROR, **TASK | {"segment_lens": (256,)})
+    expected = names if kept else [Path(checkpoint).name]
+    assert yaml.safe_load(out.read_text())["match"] == {"names": expected, **dimensions}
+
+
+def test_a_file_that_cannot_be_used_takes_no_files_place(checkpoint, tmp_path, monkeypatch):
+    out = tmp_path / "a.yaml"
+    out.write_text("min_seq_len: 1\n")
+    monkeypatch.setattr(run, "MOST_LEN", 2**40)
+    with pytest.raises(CalibrationError, match=r"a\.yaml\S*: the field 'min_seq_len' .*; the sweeps are kept in "):
+        calibrate(checkpoint, out, ERROR, **TASK | {"segment_lens": (256,), "min_seq_len": 2**33})
+    assert out.read_text() == "min_seq_len: 1\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.yaml", "a.yaml.parts.jsonl"]
 
 
 # -- the shortest sparse prompt ---------------------------------------------------------------------------------------

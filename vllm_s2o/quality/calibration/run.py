@@ -5,10 +5,12 @@ and by what their rankings cost; the shortest prompt that should be sparse is es
 """
 
 import contextlib
+import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +31,16 @@ from .search import Budget, CalibrationError, Choice
 from .speed import capped, shortest
 
 SPLITS = ("choosing", "held-out")
+OWN = {
+    "params.threshold": "it is searched",
+    "layers": "they are searched",
+    "params.segment_len": "the best of those to try is taken (--segment-len)",
+    "params.reference_len": "it becomes the length that thresholds are judged at (--tokens)",
+    "params.budget": "it would take the place of thresholds",
+    "min_seq_len": "it is estimated, or given by itself (--min-seq-len)",
+}
+"""Fields that a calibration sets itself, and how."""
+MOST_LEN = 2**31 - 1
 
 
 class Found(NamedTuple):
@@ -47,7 +59,7 @@ class Found(NamedTuple):
     there; and its density."""
     min_seq_len: int
     kl: float | None
-    """On the first text; only where the budget is one of it."""
+    """On the first text's half that thresholds were chosen on; only where the budget is one of it."""
     notes: tuple[str, ...]
     """What else to know of these figures, a sentence each."""
 
@@ -81,10 +93,11 @@ def calibrate(
         CalibrationError: in one sentence, whatever went wrong.
     """
     texts = tuple(dict.fromkeys(texts))
-    _check(budget, texts, num_tokens, segment_lens)
+    _check(budget, texts, num_tokens, segment_lens, min_seq_len)
     with _one_sentence():
         source = open_model(model, num_tokens)
         base = load_config(source.traits, additional)
+        _check_given(base)
         # What is found holds for prompts like those it is judged on, and falls from there on.
         common = with_changes(base.params, reference_len=num_tokens)
         params = {f"{length}": with_changes(common, segment_len=length) for length in segment_lens}
@@ -133,7 +146,9 @@ def steps(num_layers: int, num_texts: int) -> int:
     return num_layers * num_texts * len(SPLITS)
 
 
-def _check(budget: Budget, texts: Sequence[str], num_tokens: int, segment_lens: Sequence[int]) -> None:
+def _check(
+    budget: Budget, texts: Sequence[str], num_tokens: int, segment_lens: Sequence[int], min_seq_len: int | None
+) -> None:
     given = [value for value in budget if value is not None]
     if len(given) != 1:
         raise CalibrationError("Exactly one budget is needed: a relative error, a density, or a divergence of logits.")
@@ -150,6 +165,15 @@ def _check(budget: Budget, texts: Sequence[str], num_tokens: int, segment_lens: 
             f"{num_tokens} tokens hold no two segments of {max(segment_lens)}: only keys before a prompt's "
             "first segment can be left out."
         )
+    if min_seq_len is not None and not 1 <= min_seq_len <= MOST_LEN:
+        raise CalibrationError(f"min_seq_len cannot be {min_seq_len}: allowed is a number from 1 to {MOST_LEN}.")
+
+
+def _check_given(base: ResolvedConfig) -> None:
+    """Nobody shall give in vain what is set here. A file's values for the same are what is to be replaced."""
+    for name, how in OWN.items():
+        if base.origins.get(name, "default") not in ("default", base.source):
+            raise CalibrationError(f"The field '{name}' cannot be given to a calibration: {how}; leave it out.")
 
 
 def _check_reachable(budget: Budget, params: Iterable[S2OParams], num_tokens: int) -> None:
@@ -229,14 +253,14 @@ def _write(
             "texts": [Path(text).name for text in texts], "tokens": num_tokens, "budget": str(budget), "seed": seed,
             "context_extension": source.rope_factor, "density": round(found.density, 4),
             "worst_relative_error": float(f"{found.worst_error:.3g}"),
-            **({} if found.kl is None else {"logit_kl": float(f"{found.kl:.3g}")}),
+            **({} if found.kl is None else {"logit_kl_where_chosen": float(f"{found.kl:.3g}")}),
             "layer_density": [round(choice.density, 3) for choice in found.held_out],
             "layer_relative_error": [float(f"{choice.error:.2g}") for choice in found.held_out],
             "versions": versions,
         },
     }  # fmt: skip
     content = file.document(
-        traits, base.file.match.names or (name,), found.params, layers,
+        traits, _names(base, name), found.params, layers,
         min_seq_len=found.min_seq_len, min_query_len=base.min_query_len, provenance=provenance,
     )  # fmt: skip
     heading = [
@@ -245,5 +269,17 @@ def _write(
         *found.notes,
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
-    file.write(out, content, heading)
-    load_config(traits, str(out))  # what cannot be read was never of use
+    draft = out.with_name(out.name + ".draft")
+    try:
+        file.write(draft, content, heading)
+        load_config(traits, str(draft))  # what cannot be read is of no use, and takes no file's place
+        os.replace(draft, out)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _names(base: ResolvedConfig, name: str) -> tuple[str, ...]:
+    """Whom the file is for: by the present file's names if the model has one of them, not its dimensions alone."""
+    match = base.file.match
+    called = (base.traits, dataclasses.replace(base.traits, name=name))
+    return match.names if any(map(match.by_last_part, called)) else (name,)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...cli.server import Server, ServerError
 from ... import step_log
+from ...cli.server import Server, ServerError
 from ...plan import causal_pairs
 from ..capture import Source
 from .answers import Answer
