@@ -61,7 +61,11 @@ def main() -> None:
     print("attend_other", compile_for_hopper(hopper._attend, attend, "fp16", num_warps=4, maxnreg=248))
     sort = dict(BLOCK=32 * vote.ROUNDS, CLASSES=vote.CLASSES)
     print("count", compile_for_hopper(vote.count, dict(BLOCKS=4, **sort), num_warps=1))
-    strides = {"": (2**16, 2**12, 2**8, 1), "_apart": (2**16, 2**12, 2**8, 16), "_anywhere": (7 * 2**16, 7 * 2**12, 7, 1)}
+    strides = {
+        "": (2**16, 2**12, 2**8, 1),
+        "_apart": (2**16, 2**12, 2**8, 16),
+        "_anywhere": (7 * 2**16, 7 * 2**12, 7, 1),
+    }
     for head_size, dtype, where in itertools.product((128, 256), (torch.bfloat16, torch.float32), strides):
         query = torch.empty(1, 1, head_size, dtype=dtype, device="meta")
         score = rank.score_options(query, rank.MAX_SCORED_TOGETHER, 227 * 1024, strides[where])
