@@ -12,17 +12,18 @@ Drawn examples are the same in each run, but with VLLM_S2O_EXAMPLES, how many th
 repeats it.
 """
 
+import contextlib
 import math
 import os
 
 import pytest
 import torch
-from cases import DEVICE
+from cases import DEVICE, make_case
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
-from problems import problems
+from problems import Problem, problems
 
-from vllm_s2o import attention, prefill_attention
+from vllm_s2o import S2OParams, attention, prefill_attention
 from vllm_s2o.kernels import naive
 from vllm_s2o.plan import WHOLE
 
@@ -299,6 +300,18 @@ class TestInterpreter:
         assert_like_the_oracle(problem, "triton")
 
 
+@contextlib.contextmanager
+def faults_named(problem, exit=pytest.exit):
+    """After a fault on the device all fails in this process, the repetition of what failed too, and the first message
+    would be lost: name the problem, and end."""
+    try:
+        yield
+        if CUDA:
+            torch.cuda.synchronize()
+    except torch.AcceleratorError as error:
+        exit(f"{str(error).splitlines()[0]} with {problem}", returncode=3)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
 @pytest.mark.parametrize("implementation", ["triton", "auto"])
@@ -308,10 +321,24 @@ class TestGpu:
     @examples(40, 0.1)
     @given(problems(ANY_DTYPE, most=900))
     def test_like_the_oracle(self, implementation, problem):
-        assert_like_the_oracle(problem, implementation)
+        with faults_named(problem):
+            assert_like_the_oracle(problem, implementation)
 
     @examples(20, 0.05)
     @given(problems(ANY_DTYPE, most=900), st.data())
     def test_neighbours_and_thresholds(self, implementation, problem, data):
-        assert_more_for_less(problem, implementation)
-        assert_alone(problem, implementation, data.draw(st.integers(0, len(problem.case.lens) - 1)))
+        with faults_named(problem):
+            assert_more_for_less(problem, implementation)
+            assert_alone(problem, implementation, data.draw(st.integers(0, len(problem.case.lens) - 1)))
+
+
+def test_a_fault_is_told_with_its_problem():
+    told = []
+    case = make_case([3, 1], [5, 7], head_size=32)
+    problem = Problem(case, S2OParams(threshold=0.25), torch.empty_like(case.query), [5, 9])
+    with faults_named(problem, lambda line, returncode: told.append((line, returncode))):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nand more")
+    ((line, status),) = told
+    assert line.startswith("CUDA error: an illegal memory access was encountered with queries [3, 1] of [5, 7] tokens")
+    assert "prompts [5, 9]" in line and "threshold=0.25" in line and "key [5, 16, 2, 32] by " in line
+    assert status and "\n" not in line

@@ -26,6 +26,18 @@ class Problem:
     def arguments(self) -> dict:
         return self.case.arguments | {"params": self.params, "prompt_lens": self.prompt_lens}
 
+    def __str__(self) -> str:
+        """All but the numbers, from what the host knows: after a fault nothing can be read from the device."""
+        case = self.case
+        tensors = (
+            f"{name} {list(tensor.shape)} by {tensor.stride()}"
+            for name, tensor in (("query", case.query), ("key", case.key_cache), ("value", case.value_cache))
+        )
+        lengths = f"queries {case.query_lens} of {case.lens} tokens, prompts {self.prompt_lens}"
+        return (
+            f"{lengths}; {', '.join(tensors)}, table {list(case.block_table.shape)}, {case.query.dtype}; {self.params}"
+        )
+
 
 def strided(draw, shape: tuple[int, ...], dtype, dense_last: bool = False) -> torch.Tensor:
     """NaN in memory whose dimensions lie in any order, with gaps between their rows."""
