@@ -136,6 +136,7 @@ def test_the_table(checkpoint, served, tmp_path):
     read = rows(out)
     assert list(read[0]) == list(table.COLUMNS)
     made = json.loads(out.with_name("tasks.csv.made.json").read_text())
+    assert made["samples"] == {f"{task} at {length}": 2 for length in LENGTHS for task in TASKS}
     assert made["model"] == checkpoint and {"machine", "torch", "commit"} <= set(made["environment"])
     wanted = [(str(length), task) for length in (*LENGTHS, "all") for task in (*TASKS, "average")]
     assert [(row["length"], row["task"], row["backend"]) for row in read] == [

@@ -221,7 +221,7 @@ def measure(
     found = table.rows(answers, list(dict.fromkeys(compared)), groups)
     try:
         table.write(out, shown, found)
-        write_made(out, settings)
+        write_made(out, {"samples": {f"{task} at {length}": n for (task, length), n in groups.items()}, **settings})
     except OSError as error:
         raise TaskError(f"Cannot write {out}: {error.strerror}.") from error
     asked = [answers.found[b, *group, i] for b in backends for group, count in groups.items() for i in range(count)]
