@@ -88,3 +88,47 @@ def test_a_bad_config_is_told_with_the_option_that_names_it(command, smollm2, tm
         (tmp_path / "my.yaml").write_text(text)
     ended = command("evaluate", smollm2, "--config", "my.yaml")
     assert ended.status == 1 and ended.sentence.startswith(said)
+
+
+def test_answers_are_told_with_what_they_were_asked_of(command, checkpoint, tmp_path, monkeypatch):
+    """Servers get the config that is judged, and what is named for them."""
+    from vllm_s2o.quality.tasks import run
+    from vllm_s2o.quality.tasks.statistics import Estimate
+    from vllm_s2o.quality.tasks.table import Row
+
+    asked = []
+
+    def measure(model, out, **options):
+        asked.append((model, options))
+        worse = Estimate(-25.0, -70.0, 20.0)
+        scores = {"s2o": Estimate(50.0, 15.0, 85.0), "dense": Estimate(75.0, 30.0, 95.0)}
+        return [
+            Row("s2o", "vt", 1024, scores["s2o"], 0.25, 4, worse, 1), Row("dense", "vt", 1024, scores["dense"], 1.0, 4)
+        ], 0  # fmt: skip
+
+    monkeypatch.setattr(run, "measure", measure)
+    (tmp_path / "my.yaml").write_text("params: {segment_len: 128}\n")
+    more = ("--config", "my.yaml", "--tasks", "4", "--server", "--enforce-eager --seed 3")
+    said = command("evaluate", checkpoint, *SMALL, *more).out
+    server = ["--additional-config", '{"s2o": "my.yaml"}', "--enforce-eager", "--seed", "3"]
+    assert asked == [(checkpoint, {"lengths": [1024], "samples": [4], "server": server})]
+    assert "Answers to 4 prompts of each task:" in said and "density 0.250  -25.0 points (-70.0 to +20.0)" in said
+    ours, dense = command("evaluate", checkpoint, *SMALL, *more, "--json").document["tasks"]
+    assert (ours["task"], ours["backend"], ours["score"]["mean"], ours["difference"]["low"]) == ("vt", "s2o", 50, -70)
+    assert (dense["backend"], dense["density"], dense["samples"]) == ("dense", 1, 4) and "difference" not in dense
+    assert command("evaluate", checkpoint, *SMALL, "--json").document["tasks"] == []
+
+
+def test_answers_that_cannot_be_had_are_told_in_a_sentence(command, checkpoint, monkeypatch):
+    from vllm_s2o.quality.tasks import run
+    from vllm_s2o.quality.tasks.prompt import TaskError
+
+    def measure(*args, **options):
+        raise TaskError("The server of s2o does not come up: why.")
+
+    monkeypatch.setattr(run, "measure", measure)
+    ended = command("evaluate", checkpoint, *SMALL, "--tasks", "1")
+    assert ended.status == 1 and ended.err.splitlines()[-1].endswith("The server of s2o does not come up: why.")
+    monkeypatch.setattr("vllm_s2o.cli.checks.without_vllm", lambda: "install it.")
+    ended = command("evaluate", checkpoint, *SMALL, "--tasks", "1")
+    assert ended.status == 1 and ended.sentence.endswith("--tasks asks, is not installed: install it.")

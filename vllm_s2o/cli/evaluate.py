@@ -4,16 +4,22 @@ import functools
 import json
 import os
 import shlex
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from vllm_s2o import model as models
 from vllm_s2o import settings
+from vllm_s2o.cli import checks
 from vllm_s2o.cli.options import TEXTS, additional_config, as_json, chosen_config, print_json
 from vllm_s2o.cli.progress import layers_done
 from vllm_s2o.config import ENVIRONMENT, ResolvedConfig
+
+if TYPE_CHECKING:
+    from vllm_s2o.quality.tasks.table import Row
 
 FORMATS = {
     "density": ".3f", "rel_error": ".1e", "agreement": ".2%", "kl": ".2g", "perplexity": ".3f",
@@ -22,24 +28,28 @@ FORMATS = {
 """Figures of `quality.cost.Cost`, as a table shows them."""
 
 
-@click.command(short_help="What a config costs a model: error, density, next tokens.")
+@click.command(short_help="What a config costs a model: error, density, next tokens, answers.")
 @click.argument("model", metavar="MODEL")
 @click.option("--config", "file", metavar="FILE", help="The config; by default the one that MODEL gets.")
 @additional_config
 @click.option("--text", "texts", multiple=True, metavar="TEXT", help=TEXTS)
 @click.option("--split", type=click.Choice(["choosing", "held-out"]), default="held-out", show_default=True)
 @click.option("--tokens", type=click.IntRange(2), default=8192, show_default=True, help="Of each prompt.")
+@click.option(
+    "--tasks", "samples", type=click.IntRange(1), metavar="N",
+    help="Also ask servers, with S2O and without, N prompts of --tokens of each of RULER's tasks, needles among them.",
+)  # fmt: skip
+@click.option("--server", type=shlex.split, default="", metavar="ARGS", help="For these, in one word.")
 @as_json
 def evaluate(
     model: str, file: str | None, additional: dict[str, Any] | None, texts: tuple[str, ...], split: str, tokens: int,
-    as_json: bool,
+    samples: int | None, server: list[str], as_json: bool,
 ) -> None:  # fmt: skip
     """What a config costs MODEL, against dense attention on the same prompts.
 
     Density and error of each layer, and of the next tokens at all positions: the share that stays the same, the
     divergence of their distributions, and the perplexity of the text. MODEL runs in transformers, and is sparse
-    whatever the config's min_seq_len is. Needles and RULER's tasks, which need a server:
-    python -P -m vllm_s2o.quality.tasks.
+    whatever the config's min_seq_len is. With --tasks also its answers, from servers, where min_seq_len holds.
 
     \b
     Example:
@@ -50,6 +60,8 @@ def evaluate(
 
     if file is not None and settings.part_of(additional) is not None:
         raise click.UsageError("--config and --additional-config cannot be given together.")
+    if samples is not None and (advice := checks.without_vllm()) is not None:
+        raise click.ClickException(f"vLLM, whose servers --tasks asks, is not installed: {advice}")
     config = chosen_config(settings.traits_of(models.read(model)), file, additional)
     texts = tuple(dict.fromkeys(texts)) or ("code", "prose")
     costs, layers = [], {}
@@ -63,6 +75,8 @@ def evaluate(
                 costs.append(cost)
         except (CaptureError, CostError) as error:
             raise click.ClickException(str(error)) from error
+    given = _given(config, file, additional)
+    asked = [] if samples is None else _ask(model, tokens, samples, [*_flags(given), *server])
     if as_json:
         print_json(
             {
@@ -73,6 +87,7 @@ def evaluate(
                     text: {**cost._asdict(), "layers": [layer._asdict() for layer in layers[text]]}
                     for text, cost in zip(texts, costs, strict=True)
                 },
+                "tasks": [_document(row) for row in asked],
             }
         )  # fmt: skip
         return
@@ -97,7 +112,32 @@ def evaluate(
     click.echo(
         f"\nThe layer that errs most is {worst.layer}: {worst.rel_error:.1e} at a density of {worst.density:.3f}."
     )
-    click.echo(_servers(model, _given(config, file, additional)))
+    if asked:
+        from vllm_s2o.quality.tasks.table import summary
+
+        click.echo(f"\nAnswers to {samples} prompts of each task:\n{summary(asked)}")
+    click.echo(_servers(model, given))
+
+
+def _ask(model: str, tokens: int, samples: int, server: Sequence[str]) -> list["Row"]:
+    """All tasks' scores, with S2O and without."""
+    from vllm_s2o.quality.tasks.prompt import TaskError
+    from vllm_s2o.quality.tasks.run import measure
+
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            found, _ = measure(model, Path(scratch) / "tasks.csv", lengths=[tokens], samples=[samples], server=server)
+        except TaskError as error:
+            raise click.ClickException(str(error)) from error
+    return found
+
+
+def _document(row: "Row") -> dict[str, Any]:
+    compared = {} if row.difference is None else {"difference": row.difference._asdict(), "same_answers": row.same}
+    return {
+        "task": row.task, "backend": row.backend, "score": row.score._asdict(), "density": row.density,
+        "samples": row.samples, **compared,
+    }  # fmt: skip
 
 
 def _given(config: ResolvedConfig, file: str | None, additional: dict[str, Any] | None) -> Any:
@@ -109,10 +149,14 @@ def _given(config: ResolvedConfig, file: str | None, additional: dict[str, Any] 
     return {"config": named, **fields} if fields else named
 
 
+def _flags(given: Any) -> list[str]:
+    return [] if given is None else ["--additional-config", json.dumps({"s2o": given})]
+
+
 def _servers(model: str, given: Any) -> str:
     """The commands that ask a server with this config."""
     name = shlex.quote(model)
-    flag = "" if given is None else f"--additional-config {shlex.quote(json.dumps({'s2o': given}))}"
+    flag = shlex.join(_flags(given))
     server = f" --server={shlex.quote(flag)}" if flag else ""
     whose = f", of a server that was started with {flag}" if flag else ""
     return (
