@@ -212,11 +212,15 @@ def test_a_density_that_lengths_forbid_is_told_before_anything_is_run(checkpoint
 # -- the file ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_that_is_named_has_its_values_replaced(checkpoint, tmp_path):
+@pytest.mark.parametrize("by", ["option", "environment"])
+def test_a_file_that_is_named_has_its_values_replaced(checkpoint, tmp_path, monkeypatch, by):
     """All that is searched, that is; what is not stays, and so does the file."""
     mine, out = tmp_path / "mine.yaml", tmp_path / "a.yaml"
     mine.write_text("params: {reference_len: 77, threshold: 0.5, dense_tail: 64}\nmin_seq_len: 300\n")
-    found = calibrate(checkpoint, out, ERROR, **TASK | {"segment_lens": (256,)}, additional=str(mine))
+    if by == "environment":
+        monkeypatch.setenv("VLLM_S2O_CONFIG", str(mine))
+    named = {"additional": str(mine)} if by == "option" else {}
+    found = calibrate(checkpoint, out, ERROR, **TASK | {"segment_lens": (256,)}, **named)
     config = config_of(checkpoint, out)
     assert (config.params.reference_len, config.params.dense_tail) == (TOKENS, 64)
     assert (config.min_seq_len, config.params.threshold) == (TASK["min_seq_len"], found.params.threshold)
@@ -231,7 +235,7 @@ def test_the_file_names_the_model_that_was_calibrated(checkpoint, tmp_path, monk
     dimensions = {name: getattr(source.traits, name) for name in DIMENSIONS}
     (configs := tmp_path / "configs").mkdir()
     (configs / "shipped.yaml").write_text(json.dumps({"match": {"names": names, **dimensions}}))
-    monkeypatch.setattr(run, "load_config", functools.partial(load_config, configs_dir=configs))
+    monkeypatch.setattr(run.settings, "load_config", functools.partial(load_config, configs_dir=configs))
     out = tmp_path / "a.yaml"
     calibrate(str(model), out, ERROR, **TASK | {"segment_lens": (256,)})
     expected = names if kept else [Path(checkpoint).name]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vllm_s2o import settings
 from vllm_s2o.config import ConfigError, ResolvedConfig, load_config
 from vllm_s2o.params import S2OParams
 from vllm_s2o.quality import cost
@@ -86,7 +87,7 @@ def calibrate(
         segment_lens: multiples of the tile size; the cheapest one is taken.
         min_seq_len: of the written config; if None estimated, and no more than a quarter of the model's context.
         seed: which tiles are looked at.
-        additional: what is not searched, over the model's present config: as in `load_config`.
+        additional: what is not searched, over the model's present config: as in `settings.load_with`.
         progress: told what is done, and how many layers of it; see `steps` for how many there are.
 
     Raises:
@@ -96,7 +97,7 @@ def calibrate(
     _check(budget, texts, num_tokens, segment_lens, min_seq_len)
     with _one_sentence():
         source = open_model(model, num_tokens)
-        base = load_config(source.traits, additional)
+        base = settings.load_with(source.traits, additional)
         _check_given(base)
         # What is found holds for prompts like those it is judged on, and falls from there on.
         common = with_changes(base.params, reference_len=num_tokens)
