@@ -130,7 +130,7 @@ bench-serving: needs-gpu $(SMOLLM2)/prepared.txt ## whole servers and engines, S
 
 # What was measured lies in *.parts.jsonl beside the tables: work that was cut off goes on from there. Remove them to
 # begin anew.
-quality: frontier tasks ## both of the next two: about 40 minutes on 2 cores
+quality: frontier tasks ## both of the next two: half an hour on 2 cores
 
 # A model's own attention on real text; it needs no GPU. On a CPU one tile of eight is looked at, the same by all methods.
 EVERY = $(if $(GPU),,--every 8)
