@@ -126,12 +126,12 @@ def _check(
 
 
 def _check_picture(picture: Path, out: Path) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise click.UsageError("--picture needs matplotlib: pip install matplotlib.")
     if picture.resolve() == out.resolve():
         raise click.UsageError(f"--out and --picture are both {out}: name two files.")
     if picture.suffix.lower() != ".png":
         raise click.UsageError(f"--picture writes a PNG: name a file that ends in .png, not {picture}.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise click.UsageError("--picture needs matplotlib: pip install matplotlib.")
 
 
 def _run(
