@@ -91,12 +91,14 @@ def test_a_bad_config_is_told_with_the_option_that_names_it(command, smollm2, tm
 
 
 def test_answers_are_told_with_what_they_were_asked_of(command, checkpoint, tmp_path, monkeypatch):
-    """Servers get the config that is judged, and what is named for them."""
+    """Servers get the config that is judged, and what is named for them, and the device before the model does."""
+    from vllm_s2o.quality.capture import Source
     from vllm_s2o.quality.tasks import run
     from vllm_s2o.quality.tasks.statistics import Estimate
     from vllm_s2o.quality.tasks.table import Row
 
-    asked = []
+    asked, loaded, load = [], [], Source.load
+    monkeypatch.setattr(Source, "load", lambda source: loaded.append(len(asked)) or load(source))
 
     def measure(model, out, **options):
         asked.append((model, options))
@@ -111,6 +113,7 @@ def test_answers_are_told_with_what_they_were_asked_of(command, checkpoint, tmp_
     more = ("--config", "my.yaml", "--tasks", "4", "--server", "--enforce-eager --seed 3")
     said = command("evaluate", checkpoint, *SMALL, *more).out
     server = ["--additional-config", '{"s2o": "my.yaml"}', "--enforce-eager", "--seed", "3"]
+    assert loaded == [1]
     assert asked == [(checkpoint, {"lengths": [1024], "samples": [4], "server": server})]
     assert "Answers to 4 prompts of each task:" in said and "density 0.250  -25.0 points (-70.0 to +20.0)" in said
     ours, dense = command("evaluate", checkpoint, *SMALL, *more, "--json").document["tasks"]
@@ -132,3 +135,16 @@ def test_answers_that_cannot_be_had_are_told_in_a_sentence(command, checkpoint, 
     monkeypatch.setattr("vllm_s2o.cli.checks.without_vllm", lambda: "install it.")
     ended = command("evaluate", checkpoint, *SMALL, "--tasks", "1")
     assert ended.status == 1 and ended.sentence.endswith("--tasks asks, is not installed: install it.")
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("--server", "--seed 3"), "--server is for the servers of --tasks, which is not given."),
+        (("--tasks", "1", "--server", "--additional_config.s2o=a.yaml"), "--server cannot hold an additional config: "),
+        (("--tasks", "1", "--server", "-ac.backend FLASH_ATTN"), "--server cannot hold an additional config: "),
+    ],
+)
+def test_servers_arguments_that_would_mean_something_else_are_refused(command, smollm2, arguments, said):
+    ended = command("evaluate", smollm2, *arguments)
+    assert ended.status == 2 and said in ended.sentence

@@ -48,7 +48,7 @@ def test_the_end_of_a_prompt_is_dense(llama, witness):
     for at, row in with_tail.items():
         if row.seq_len < 1000:
             assert row.visited == without[at].visited
-            assert row.visited < row.causal or row.seq_len < 400, "larger tiles skip nothing of a short history"
+            assert row.visited < row.causal or (row.seq_len < 400 and not engines.CPU), "larger tiles skip less"
         else:
             assert without[at].visited < row.visited <= row.causal
 

@@ -159,6 +159,14 @@ def test_nothing_is_removed_for_its_age_while_any_server_runs(holder):
         os.close(directory)
 
 
+def test_a_directory_is_locked_once(tmp_path):
+    place._keep(tmp_path)
+    before = os.listdir("/proc/self/fd")
+    place._keep(tmp_path)
+    place._keep(tmp_path / "gone")
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
 @pytest.mark.skipif(shutil.which("systemd-tmpfiles") is None, reason="needs systemd-tmpfiles")
 def test_systemd_leaves_what_a_server_has_alone(machine, tmp_path, holder):
     """Of any age, which is what 0 says."""

@@ -167,6 +167,16 @@ def test_sweeps_of_another_commit_are_not_mixed(checkpoint, whole, monkeypatch):
         run_small(checkpoint, whole[0])
 
 
+def test_single_layers_of_a_sample_have_no_row_with_a_dense_end(checkpoint, tmp_path):
+    """Their last tile is in it by chance."""
+    for every, expected in ((1, {"0", "2", "all"}), (2, {"all"})):
+        out = tmp_path / f"{every}.csv"
+        run_small(checkpoint, out, methods=["s2o_128_tail64", "pbs"], every=every)
+        layers = {row["layer"] for row in table(out) if row["method"] == "s2o_128_tail64"}
+        assert layers <= expected and "all" in layers and (every > 1 or len(layers) > 1)
+        assert len({row["layer"] for row in table(out) if row["method"] == "pbs"}) == 3
+
+
 def test_a_file_that_changed_is_swept_anew(checkpoint, tmp_path, measured):
     text, out = tmp_path / "mine.txt", tmp_path / "frontier.csv"
     for words in ("red", "green", "green"):
@@ -178,7 +188,7 @@ def test_a_file_that_changed_is_swept_anew(checkpoint, tmp_path, measured):
 def test_each_of_the_last_tiles_is_looked_at_equally_often():
     """A dense end is one of them, and its share of the pairs is that of all tiles."""
     last = [
-        module.looked_at(8192, 8, text, layer, layer + module.TURN * place)[-1]
+        module.looked_at(8192, 8, text, layer, layer + 30 * place)[-1]
         for place, text in enumerate(module.SOURCES) for layer in range(30)
     ]  # fmt: skip
     assert {tile: last.count(tile) for tile in last} == dict.fromkeys(range(56, 64), 15)

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -60,23 +61,28 @@ def evaluate(
 
     if file is not None and settings.part_of(additional) is not None:
         raise click.UsageError("--config and --additional-config cannot be given together.")
+    if server and samples is None:
+        raise click.UsageError("--server is for the servers of --tasks, which is not given.")
+    if any(re.match("-(ac|-additional[-_]config)", word) for word in server):
+        raise click.UsageError("--server cannot hold an additional config: servers get the one that is judged.")
     if samples is not None and (advice := checks.without_vllm()) is not None:
         raise click.ClickException(f"vLLM, whose servers --tasks asks, is not installed: {advice}")
     config = chosen_config(settings.traits_of(models.read(model)), file, additional)
     texts = tuple(dict.fromkeys(texts)) or ("code", "prose")
+    given = _given(config, file, additional)
     costs, layers = [], {}
-    with layers_done(2 * config.traits.num_layers * len(texts), quiet=as_json) as progress:
-        try:
-            source = open_model(model, tokens)
-            prompts = {text: source.prompt(text, tokens, split) for text in texts}
+    try:
+        source = open_model(model, tokens)
+        prompts = {text: source.prompt(text, tokens, split) for text in texts}
+        # Servers come first: they want the device's memory to themselves.
+        asked = [] if samples is None else _ask(model, tokens, samples, [*_flags(given), *server])
+        with layers_done(2 * config.traits.num_layers * len(texts), quiet=as_json) as progress:
             loaded = source.load()
             for text, ids in prompts.items():
                 cost, layers[text] = measure(loaded, ids, config, functools.partial(progress, text))
                 costs.append(cost)
-        except (CaptureError, CostError) as error:
-            raise click.ClickException(str(error)) from error
-    given = _given(config, file, additional)
-    asked = [] if samples is None else _ask(model, tokens, samples, [*_flags(given), *server])
+    except (CaptureError, CostError) as error:
+        raise click.ClickException(str(error)) from error
     if as_json:
         print_json(
             {

@@ -95,8 +95,15 @@ def establish(model: str, started: bool = False) -> Path:
 def _keep(directory: Path) -> None:
     """From systemd-tmpfiles, which removes files of /tmp that nothing has touched for some days: a server's switch and
     figures, and the lock that says that it lives. It passes over a directory that is locked, with all that is in it."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)  # open for as long as this process lives
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    if directory in _kept:
+        return
+    with contextlib.suppress(OSError):  # a file system without locks has no such protection
+        _kept[directory] = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)  # open for as long as this process lives
+        fcntl.flock(_kept[directory], fcntl.LOCK_SH)
+
+
+_kept: dict[Path, int] = {}
+"""Descriptors of locked directories."""
 
 
 def _leave(pid: int, directory: Path, lock: TextIO) -> None:

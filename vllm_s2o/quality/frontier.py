@@ -27,7 +27,7 @@ from .capture import CaptureError, Layer, Source, checked_layers, open_model, vi
 from .curves import Curve, at_density, at_error, matched, mean_curve
 from .journal import JournalError
 from .parts import Parts, as_lists
-from .selection import method
+from .selection import S2O, Rule, method
 from .sweep import FIGURES, sweep
 from .text import SOURCES, SPLITS
 
@@ -45,10 +45,6 @@ ALL = "all"
 TILE = 128
 """Queries that a method selects for together."""
 
-TURN = 2
-"""How much further each text's turns begin than those of the text before it: of 30 layers and 4 texts, each of the last
-8 tiles is looked at in 15."""
-
 
 class FrontierError(RuntimeError):
     """Why there is no table, in one sentence."""
@@ -58,7 +54,7 @@ def looked_at(num_tokens: int, every: int, text: str, layer: int, turn: int) -> 
     """Tiles of a layer that all rules are judged on; None for all.
 
     By chance, but for the last run of neighbours, whose tiles take turns: a prompt's end, which some rules visit
-    densely, is one tile of many, and must have its share exactly.
+    densely, is one tile of many, and must have its share of all layers and texts together.
     """
     if every == 1:
         return None
@@ -100,7 +96,7 @@ def measure(
             def visit(layer: Layer, text: str = text, place: int = place) -> None:
                 bar.set_description(f"{text}, layer {layer.index}")
                 query, key, value = (t.to(model.device) for t in (layer.query, layer.key, layer.value))
-                turn = layers.index(layer.index) + TURN * place
+                turn = layers.index(layer.index) + len(layers) * place
                 chosen = looked_at(len(layer.query), every, text, layer.index, turn)
                 swept = sweep(query, key, value, layer.scale, rules, tile_size=TILE, chosen=chosen, progress=bar.update)
                 parts.add(keys[text], layer.index, as_lists(swept))
@@ -116,11 +112,13 @@ def curve(parts: Parts, name: str, texts: Sequence[str], layers: Sequence[int]) 
 
 
 def rows(
-    parts: Parts, names: Iterable[str], texts: Sequence[str], layers: Sequence[int], common: Sequence
+    parts: Parts, rules: dict[str, Rule], texts: Sequence[str], layers: Sequence[int], every: int, common: Sequence
 ) -> Iterator[tuple]:
     """Rows of the table; common: its first three columns."""
+    # Where few tiles are looked at, single layers have a dense end too often or not at all.
+    sampled = {name for name, rule in rules.items() if every > 1 and isinstance(rule, S2O) and rule.dense_tail}
     for label, some in [*((str(layer), [layer]) for layer in layers), (ALL, layers)]:
-        for name in names:
+        for name in rules if label == ALL else [name for name in rules if name not in sampled]:
             for point in matched(curve(parts, name, texts, some)):
                 yield (*common, label, name, *(f"{figure:.5g}" for figure in point))
 
@@ -203,7 +201,7 @@ def frontier(
     keys = [key_of(text, ids) for text, ids in prompts.items()]
     common = (Path(model).resolve().name, num_tokens, split)
     try:
-        write(out, rows(parts, rules, keys, layers, common))
+        write(out, rows(parts, rules, keys, layers, every, common))
         write_made(out, {"texts": keys, "layers": list(layers), **settings})
     except OSError as error:
         raise FrontierError(f"Cannot write {out}: {error.strerror}.") from error

@@ -344,6 +344,33 @@ def test_a_density_is_that_of_all_prompts():
     cached = told(100, 0.4).replace("cached=0", "cached=60")
     assert pairs([long], cached) == (5050 - round(0.6 * (5050 - 60 * 61 // 2)), 5050)
     assert pairs([long], step(100)) is None, "there are steps, and nobody says of which prompts"
+    told_twice = told(100, 0.4) + told(100, 0.4) + told(50, 0.1)
+    assert pairs([long, short], told_twice) == pairs([long, short], told(100, 0.4)), "asked again, and by others"
+
+
+def test_a_server_of_ours_that_says_nothing_of_it_has_no_density():
+    """As where its log leaves out such lines: it would look like a dense one's."""
+    with FakeApi(lambda ids: "yes") as api:
+        assert Backend(Client(api.url), lambda: "nothing", ours=True).ask([simple(0)])[1] is None
+
+
+def test_the_config_is_that_of_the_servers_arguments(checkpoint, served, tmp_path):
+    """Of a file that was changed, answers are not taken up again."""
+    mine, out = tmp_path / "mine.yaml", tmp_path / "a.csv"
+    mine.write_text("params: {threshold: 0.1}\n")
+    digests = set()
+    for server in ([], ["--additional-config", json.dumps({"s2o": str(mine)})], [f"--additional-config.s2o={mine}"]):
+        small(checkpoint, out, samples=[1], tasks=["vt"], server=server)
+        digests.add(json.loads(out.with_name("a.csv.made.json").read_text())["config"])
+        out.with_name("a.csv.parts.jsonl").unlink()
+    assert len(digests) == 2
+    small(checkpoint, out, samples=[1], tasks=["vt"], server=server)
+    mine.write_text("params: {threshold: 0.2}\n")
+    with pytest.raises(TaskError, match=r"^The answers in .*jsonl have other config: "):
+        small(checkpoint, out, samples=[1], tasks=["vt"], server=server)
+    for wrong, said in (("{", "is no JSON"), ('{"s2o": {"tau": 1}}', "there is no field 'tau'")):
+        with pytest.raises(TaskError, match=said):
+            small(checkpoint, tmp_path / "b.csv", tasks=["vt"], server=["--additional-config", wrong])
 
 
 # -- a running server, downloaded samples, the command ----------------------------------------------------------------

@@ -33,6 +33,8 @@ class Backend:
     client: Client
     log: Callable[[], str] | None = None
     """What the server has said so far; None where nobody knows."""
+    ours: bool = False
+    """Whether it has S2O for certain, and then says so, unless its log leaves out such lines."""
 
     def ask(self, prompts: Sequence[Prompt]) -> tuple[list[Answer], tuple[int, int] | None]:
         """Answers, and the visited and causal pairs of their prefills; None where nobody knows."""
@@ -42,6 +44,8 @@ class Backend:
             return answers, None
         if OURS in self.log():  # lines are held back: the next prompts' must not take their place
             time.sleep(2 * step_log.LOG_INTERVAL)
+        elif self.ours:
+            return answers, None
         return answers, pairs(prompts, self.log()[before:])
 
 
@@ -51,8 +55,16 @@ def pairs(prompts: Sequence[Prompt], log: str) -> tuple[int, int] | None:
     told = step_log.prompts(log)
     if not told and step_log.prefills(log):
         return None
-    causal = sum(causal_pairs(len(prompt.ids), len(prompt.ids)) for prompt in prompts)
-    skipped = sum((1 - one.density) * causal_pairs(one.prompt - one.cached, one.prompt) for one in told)
+    # A prompt that was asked again may be told twice, and others may ask the same server.
+    by_length: dict[int, list[step_log.Told]] = {}
+    for one in told:
+        by_length.setdefault(one.prompt, []).append(one)
+    causal, skipped = 0, 0.0
+    for length in (len(prompt.ids) for prompt in prompts):
+        causal += causal_pairs(length, length)
+        if by_length.get(length):
+            one = by_length[length].pop()
+            skipped += (1 - one.density) * causal_pairs(length - one.cached, length)
     return round(causal - skipped), causal
 
 
@@ -79,7 +91,7 @@ def started(
         try:
             with server:
                 client = Client(str(server.client.base_url), "model", concurrency)
-                yield Backend(client, lambda: server.log)
+                yield Backend(client, lambda: server.log, ours=backend == "s2o")
                 client.close()
         except ServerError as error:
             reason = str(error).strip().splitlines()

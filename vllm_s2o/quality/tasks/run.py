@@ -1,5 +1,7 @@
 """All prompts to all backends, as far as they are not answered yet, and the table of what they answered."""
 
+import itertools
+import json
 import multiprocessing
 import os
 import signal
@@ -10,9 +12,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from vllm_s2o.cli.environment import commit_name, describe, write_made
-from vllm_s2o.config import load_config
+from vllm_s2o.config import ConfigError, load_config
+from vllm_s2o.settings import part_of as settings_of
 
-from ..capture import open_model
+from ..capture import Source, open_model
 from . import suite, table
 from .answers import Answers
 from .backends import FLAGS, Backend, extension, running, started
@@ -201,7 +204,7 @@ def measure(
     settings = {
         "model": model, "seed": seed, "chat template": framing.chat, "context extension": source.rope_factor,
         "server arguments": list(server), "concurrency": concurrency,
-        "commit": commit_name(describe()), "config": load_config(source.traits).digest(),
+        "commit": commit_name(describe()), "config": None if url else _digest(source, server),
         "Python": ".".join(map(str, sys.version_info[:2])),  # whose documentation the text is
     }  # fmt: skip
     answers = Answers(out.with_name(out.name + ".parts.jsonl"), settings)
@@ -226,6 +229,25 @@ def measure(
         raise TaskError(f"Cannot write {out}: {error.strerror}.") from error
     asked = [answers.found[b, *group, i] for b in backends for group, count in groups.items() for i in range(count)]
     return found, sum(answer.tries - 1 for answer in asked)
+
+
+def _digest(source: Source, server: Sequence[str]) -> str:
+    """Of the config that servers with these arguments have."""
+    given = None
+    for name, value in itertools.zip_longest(server, server[1:], fillvalue=""):
+        flag, _, joined = name.partition("=")
+        flag = flag.replace("_", "-")
+        if flag == "--additional-config.s2o":
+            given = joined or value
+        elif flag == "--additional-config":
+            try:
+                given = settings_of(json.loads(joined or value))
+            except ValueError as error:
+                raise TaskError(f"--additional-config '{joined or value}' is no JSON: {error}.") from error
+    try:
+        return load_config(source.traits, given).digest()
+    except ConfigError as error:
+        raise TaskError(str(error)) from error
 
 
 def _ask_all(
