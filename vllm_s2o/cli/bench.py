@@ -18,6 +18,7 @@ from vllm_s2o.cli.options import additional_config, as_json, print_json
 from vllm_s2o.cli.progress import layers_done
 from vllm_s2o.cli.server import OURS, Server, ServerError
 from vllm_s2o.cli.vllm_bench import BenchError, Load, at_once, bench_engine, bench_serve
+from vllm_s2o.cli.vllm_flags import choose_what_is_compared, flags
 from vllm_s2o.step_log import pairs
 
 WITHOUT = "without"
@@ -34,8 +35,6 @@ MORE_IS_BETTER = ("tokens_per_s",)
 START_SECONDS = 900
 TOKENS, PROMPTS = 8192, 5
 """Unless the context is shorter, or more prompts are asked at a time."""
-COMPARED = ("--attention-backend", "--attention-config", "--additional-config")
-"""Flags that tell the two servers apart. vLLM takes their beginnings, too, and names with underscores."""
 
 
 class Run(NamedTuple):
@@ -114,7 +113,7 @@ def bench(
 
 def _check(server: list[str], prompts: int | None, concurrency: int) -> None:
     """Refuse what would be no comparison, or none of what was asked."""
-    if any(map(_is_compared, server)):
+    if choose_what_is_compared(server):
         raise click.UsageError(
             "--server cannot choose the backend or the additional config, nor name a --config file: both are compared "
             "here."
@@ -126,27 +125,15 @@ def _check(server: list[str], prompts: int | None, concurrency: int) -> None:
         raise click.ClickException(f"vLLM, whose tools are run, is not installed: {advice}")
 
 
-def _is_compared(argument: str) -> bool:
-    name = _flag(argument)
-    return name in ("-ac", "--config") or (len(name) > 2 and any(flag.startswith(name) for flag in COMPARED))
-
-
-def _flag(argument: str) -> str:
-    """The name, as vLLM reads it, of a flag or of a field of one."""
-    return argument.partition("=")[0].partition(".")[0].replace("_", "-")
-
-
 def _longest(known: models.Model, server: list[str]) -> int | None:
     """Tokens that a prompt and its answer may have together; None where vLLM alone knows."""
-    flags = [_flag(argument) for argument in server]
-    if "--max-model-len" in flags:
-        at = flags.index("--max-model-len")
-        given = server[at].partition("=")[2] or "".join(server[at + 1 : at + 2])
-        return int(given) if given.isdecimal() else None
+    given = {flag.name: flag.value for flag in flags(server)}
+    if "--max-model-len" in given:
+        return int(given["--max-model-len"]) if given["--max-model-len"].isdecimal() else None
     text = known.hf_text_config
     rope = [getattr(text, name, None) for name in ("rope_parameters", "rope_scaling")]
     # A factor may or may not be a part of the length that the file states.
-    return None if "--hf-overrides" in flags or "factor" in str(rope) else known.max_model_len
+    return None if "--hf-overrides" in given or "factor" in str(rope) else known.max_model_len
 
 
 def _lengths(tokens: tuple[int, ...], output: int, longest: int | None) -> tuple[int, ...]:

@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import re
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from vllm_s2o import settings
 from vllm_s2o.cli import checks
 from vllm_s2o.cli.options import TEXTS, additional_config, as_json, chosen_config, print_json
 from vllm_s2o.cli.progress import layers_done
+from vllm_s2o.cli.vllm_flags import choose_what_is_compared
 from vllm_s2o.config import ENVIRONMENT, ResolvedConfig
 
 if TYPE_CHECKING:
@@ -63,8 +63,11 @@ def evaluate(
         raise click.UsageError("--config and --additional-config cannot be given together.")
     if server and samples is None:
         raise click.UsageError("--server is for the servers of --tasks, which is not given.")
-    if any(re.match("-(ac|-additional[-_]config)", word) for word in server):
-        raise click.UsageError("--server cannot hold an additional config: servers get the one that is judged.")
+    if choose_what_is_compared(server):
+        raise click.UsageError(
+            "--server cannot choose the backend or the additional config, nor name a --config file: servers run with "
+            "the config that is judged, and without S2O."
+        )
     if samples is not None and (advice := checks.without_vllm()) is not None:
         raise click.ClickException(f"vLLM, whose servers --tasks asks, is not installed: {advice}")
     config = chosen_config(settings.traits_of(models.read(model)), file, additional)

@@ -1,6 +1,5 @@
 """All prompts to all backends, as far as they are not answered yet, and the table of what they answered."""
 
-import itertools
 import json
 import multiprocessing
 import os
@@ -12,8 +11,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from vllm_s2o.cli.environment import commit_name, describe, write_made
+from vllm_s2o.cli.vllm_flags import flags
 from vllm_s2o.config import ConfigError, load_config
-from vllm_s2o.settings import part_of as settings_of
+from vllm_s2o.settings import part_of
 
 from ..capture import Source, open_model
 from . import suite, table
@@ -234,18 +234,15 @@ def measure(
 def _digest(source: Source, server: Sequence[str]) -> str:
     """Of the config that servers with these arguments have."""
     given = None
-    for name, value in itertools.zip_longest(server, server[1:], fillvalue=""):
-        flag, _, joined = name.partition("=")
-        flag = flag.replace("_", "-")
-        if flag == "--additional-config.s2o":
-            given = joined or value
-        elif flag == "--additional-config":
-            try:
-                given = settings_of(json.loads(joined or value))
-            except ValueError as error:
-                raise TaskError(f"--additional-config '{joined or value}' is no JSON: {error}.") from error
     try:
+        for flag in flags(server):
+            if (flag.name, flag.field) == ("--additional-config", "s2o"):
+                given = flag.value
+            elif (flag.name, flag.field) == ("--additional-config", ""):
+                given = part_of(json.loads(flag.value))
         return load_config(source.traits, given).digest()
+    except json.JSONDecodeError as error:
+        raise TaskError(f"--additional-config '{flag.value}' is no JSON: {error}.") from error
     except ConfigError as error:
         raise TaskError(str(error)) from error
 
