@@ -5,6 +5,7 @@ Triton's interpreter, in which tests run them without a GPU, takes programs that
 
 import math
 
+import torch
 from compile_for_hopper import compile_for_hopper
 from triton.compiler import ASTSource
 
@@ -25,6 +26,12 @@ def main() -> None:
     marked = attend | {"BLOCK": math.gcd(128, 32)}
     print("marked", compile_for(prefill._attend_marked, marked | {"PARTS": 1}, num_warps=8, num_stages=1))
     print("marked_halves", compile_for(prefill._attend_marked, marked | {"PARTS": 2}, num_warps=8, num_stages=1))
+
+    # What takes most: numbers of four bytes, and heads that are padded to 256.
+    options = prefill.launch(torch.empty(1, 1, 256, device="meta"), 128, 128)
+    wide = dict(D=256, BLOCK_D=256, PRECISION="ieee", BLOCK=options.block)
+    built = dict(num_warps=options.num_warps, num_stages=options.num_stages)
+    print("attend_wide", compile_for(prefill._attend, attend | wide, dtype="fp32", **built))
 
     print("pool", compile_for(rank._pool, shape | {"GROUP": 4, "ROWS": 32}))
     scores = shape | dict(SEGMENTS=64, KEYS=rank.SCORE_KEYS, PRECISION="tf32")

@@ -186,9 +186,10 @@ def test_many_tiles_that_stop_everywhere():
 
 @gpu
 @needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("head_size", [96, 256])
-def test_other_head_sizes_at_the_shipped_tile(head_size):
-    case = make_case(**LENGTHS, num_heads=8, num_kv_heads=2, head_size=head_size, dtype=torch.bfloat16)
+def test_other_head_sizes_at_the_shipped_tile(head_size, dtype):
+    case = make_case(**LENGTHS, num_heads=8, num_kv_heads=2, head_size=head_size, dtype=dtype)
     out = prefill_attention(**case.arguments, params=S2OParams(dense_tail=0, threshold=0.0, segment_len=256))
     exact, bar = error_bar(case)
     assert (out - exact).abs().max() <= bar

@@ -182,5 +182,6 @@ def test_compiled_for_a_gpu():
     assert done.returncode == 0, done.stderr[-2000:]
     words = [line.split() for line in done.stdout.splitlines()]
     shared = {said[0]: int(said[1]) for said in words if len(said) == 2 and said[1].isdigit()}
-    assert len(shared) == 9
+    assert len(shared) == 10
+    assert max(shared.values()) <= 227 * 1024
     assert max(shared["marked"], shared["marked_halves"]) < shared["attend"]
