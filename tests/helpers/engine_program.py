@@ -29,6 +29,7 @@ def main() -> None:
     figures = vllm_s2o.figures()
     counted = {" ".join(kind).strip(): count for kind, count in figures.tokens.items()}
     Path(sys.argv[2]).write_text(json.dumps([answers, counted, figures.visited, figures.causal]))
+    llm.llm_engine.engine_core.shutdown()  # not at the interpreter's end, when Ray may be gone before its actors
 
 
 if __name__ == "__main__":  # processes that the engine starts import this file
