@@ -21,10 +21,11 @@ class S2O:
 
     def __post_init__(self) -> None:
         problem, shape = self.problem, self.problem.shape
-        plan = attention.plan_step([problem.num_tokens], [problem.num_tokens], self.params, shape.num_kv_heads)
+        self.num_rankings = self.params.num_rankings(shape.num_heads, shape.num_kv_heads)
+        plan = attention.plan_step([problem.num_tokens], [problem.num_tokens], self.params, self.num_rankings)
         device = problem.query.device
         self.plan = attention.to_device(plan, device)
-        buffers = self.plan.buffers((shape.num_kv_heads, shape.head_size), self.params.num_classes)
+        buffers = self.plan.buffers((self.num_rankings, shape.head_size), self.params.num_classes)
         self.workspace = attention.allocate(buffers, device)
         (self.thresholds,) = attention.device_thresholds([(self.params, shape.num_heads)], device)
         self.out = torch.empty_like(problem.query, dtype=problem.value.dtype)
@@ -46,7 +47,8 @@ class S2O:
         for tables in self.plan.waves:
             stage.rank_keys(
                 p.query, p.key_cache, p.block_table, tables.segments, tables.wave.num_slots, self.params.num_classes,
-                max_history=tables.wave.max_history, groups=tables.groups, workspace=self.workspace,
+                max_history=tables.wave.max_history, groups=tables.groups, num_rankings=self.num_rankings,
+                workspace=self.workspace,
             )  # fmt: skip
 
     @property

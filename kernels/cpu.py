@@ -1,6 +1,6 @@
 """The CPU path: the stages of `naive.py` on whole segments at a time, skipping what the stop rule skips.
 
-All of a segment's tiles of one KV head walk its ranking together; tiles that have stopped leave the
+All of a segment's tiles of the heads that share a ranking walk it together; tiles that have stopped leave the
 batch, so that every step is one matrix product over those still running. Products are in fp32:
 PyTorch rounds the results of bf16 products to bf16, which would spoil the logits.
 """
@@ -17,15 +17,18 @@ KEYS = 512
 
 
 def rank_keys(
-    query, key_cache, block_table, segments, num_slots: int, num_classes: int, **_device_only
-) -> torch.Tensor:
+    query, key_cache, block_table, segments, num_slots: int, num_classes: int, *, num_rankings: int | None = None,
+    **_device_only,
+) -> torch.Tensor:  # fmt: skip
     """`naive.rank_keys`: one product scores a sequence's keys for all of its segments."""
     block_size, num_kv_heads = key_cache.shape[1:3]
+    num_rankings = num_rankings or num_kv_heads
+    sharing = num_rankings // num_kv_heads
     slots = torch.full((num_slots,), -1, dtype=torch.int32)
     table = segments.tolist()
-    # [num_segments, num_kv_heads, head_size] each, over the queries of all heads that share the keys
+    # [num_segments, num_rankings, head_size] each, over the queries of all heads that share a ranking
     queries = [naive.in_bounds(query[s[QUERY_ROW] : s[QUERY_ROW] + s[NUM_QUERIES]].float()) for s in table]
-    queries = [q.unflatten(1, (num_kv_heads, -1)).transpose(1, 2).flatten(0, 1) for q in queries]
+    queries = [q.unflatten(1, (num_rankings, -1)).transpose(1, 2).flatten(0, 1) for q in queries]
     means = torch.stack([q.mean(0) for q in queries])
     variances = torch.stack([q.var(0, correction=0) for q in queries])
     for seq in sorted({s[SEQ] for s in table}):
@@ -36,24 +39,28 @@ def rank_keys(
         lie = naive.slots_of(block_table, seq, torch.arange(longest), block_size)
         for kv_head in range(num_kv_heads):
             keys = naive.read_rows(key_cache, lie, kv_head).T
-            spread = (variances[mine, kv_head] @ keys.square()).sqrt_()
-            scores = (means[mine, kv_head] @ keys).add_(spread, alpha=naive.DEVIATIONS)
-            for row, i in zip(scores, mine, strict=True):
-                history = table[i][HISTORY]
-                classes = naive.importance_classes(row[:history], num_classes)
-                best_first = classes.to(torch.uint8).argsort(stable=True)
-                naive.ranking_of(slots, table[i], kv_head).copy_(lie[:history][best_first])
+            squares = keys.square()
+            for ranking in range(kv_head * sharing, (kv_head + 1) * sharing):
+                spread = (variances[mine, ranking] @ squares).sqrt_()
+                scores = (means[mine, ranking] @ keys).add_(spread, alpha=naive.DEVIATIONS)
+                for row, i in zip(scores, mine, strict=True):
+                    history = table[i][HISTORY]
+                    classes = naive.importance_classes(row[:history], num_classes)
+                    best_first = classes.to(torch.uint8).argsort(stable=True)
+                    naive.ranking_of(slots, table[i], ranking).copy_(lie[:history][best_first])
     return slots
 
 
 def attend(
     query, key_cache, value_cache, block_table, segments, tiles, slots, thresholds, out,
-    *, scale: float, key_block: int, stop_interval: int, value_scale: float = 1.0, **_device_only,
+    *, scale: float, key_block: int, stop_interval: int, value_scale: float = 1.0, num_rankings: int | None = None,
+    **_device_only,
 ) -> torch.Tensor:  # fmt: skip
     """`naive.attend`. Returns the visited pairs, [num_tiles, num_heads] int64."""
     num_heads = query.shape[1]
     num_kv_heads = key_cache.shape[2]
-    group = num_heads // num_kv_heads
+    num_rankings = num_rankings or num_kv_heads
+    group = num_heads // num_rankings
     visited = torch.zeros(len(tiles), num_heads, dtype=torch.int64)
     tile_rows = tiles.tolist()
     for index, segment in enumerate(segments.tolist()):
@@ -62,13 +69,13 @@ def attend(
         counts = [tile_rows[i][2] for i in mine]
         shares = torch.tensor([tile_rows[i][3] for i in mine])
         dense = shares == 0
-        for kv_head in range(num_kv_heads):
-            heads = slice(kv_head * group, (kv_head + 1) * group)
+        for number in range(num_rankings):
+            heads, kv_head = slice(number * group, (number + 1) * group), number * num_kv_heads // num_rankings
             # Nothing gains less than 0: a dense tile never stops.
             rules = (thresholds[heads, None] * (shares / naive.WHOLE)).flatten()
             stacked = _Segment(query, segment, heads, firsts, counts, rules, scale)
             _inside(stacked, key_cache, value_cache, block_table, segment, kv_head)
-            ranking, limit = naive.ranking_of(slots, segment, kv_head), segment[VISIT_LIMIT]
+            ranking, limit = naive.ranking_of(slots, segment, number), segment[VISIT_LIMIT]
             every = torch.arange(len(rules))
             for active, first, end in ((every, 0, limit), (every[dense.repeat(group)], limit, len(ranking))):
                 _history(
@@ -80,7 +87,7 @@ def attend(
 
 
 class _Segment:
-    """The tiles of one segment and KV head, stacked: [tiles of all heads of the group, rows, ...]."""
+    """The tiles of one segment and ranking, stacked: [tiles of all heads of the group, rows, ...]."""
 
     def __init__(self, query, segment, heads, firsts, counts, thresholds, scale):
         self.rows = max(counts)

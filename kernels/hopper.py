@@ -285,8 +285,8 @@ def _attend(
     Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Thresholds, Out, Report, Next, num_works, num_heads,
     stride_q_token, stride_q_head, stride_block, stride_token, stride_k_head, stride_v_head,
     stride_o_token, stride_o_head, stride_table, scale,
-    PAGE: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, HALVES: gl.constexpr, BLOCK: gl.constexpr,
-    UNIT: gl.constexpr, INTERVAL: gl.constexpr, STAGES: gl.constexpr,
+    PAGE: gl.constexpr, GROUP: gl.constexpr, RANKED: gl.constexpr, D: gl.constexpr, HALVES: gl.constexpr,
+    BLOCK: gl.constexpr, UNIT: gl.constexpr, INTERVAL: gl.constexpr, STAGES: gl.constexpr,
     VISIT_REGISTERS: gl.constexpr, GATHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = Query.dtype.element_ty
@@ -341,7 +341,7 @@ def _attend(
                         Next, num_works, Query, Keys, Values, BlockTable, Segments, Tiles, Slots, queries, buffers,
                         barriers, tasks, task_full, task_free, num_heads, stride_q_token, stride_q_head, stride_block,
                         stride_token, stride_k_head, stride_v_head, stride_table,
-                        GROUP, D, HALVES, BLOCK, STAGES, PAGE,
+                        GROUP, RANKED, D, HALVES, BLOCK, STAGES, PAGE,
                     ),
                 ),
             ],
@@ -373,7 +373,7 @@ def _attend(
                         Next, num_works, Query, Keys, Values, BlockTable, Segments, Tiles, Slots, queries, buffers,
                         barriers, tasks, task_full, task_free, num_heads, stride_q_token, stride_q_head, stride_block,
                         stride_token, stride_k_head, stride_v_head, stride_table,
-                        GROUP, D, HALVES, BLOCK, STAGES, PAGE,
+                        GROUP, RANKED, D, HALVES, BLOCK, STAGES, PAGE,
                     ),
                 ),
             ],
@@ -432,7 +432,7 @@ def unsuitable(query, key_cache, value_cache, tile_size: int, interval: int) -> 
 def attend(
     query, key_cache, value_cache, block_table, segments, tiles, slots, thresholds, out,
     *, scale: float, key_block: int, stop_interval: int, tile_size: int, value_scale: float = 1.0,
-    options: Launch | None = None,
+    num_rankings: int | None = None, options: Launch | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`prefill.attend` for what is not `unsuitable`, and a value_scale of 1."""
     num_heads, head_size = query.shape[1:]
@@ -449,7 +449,8 @@ def attend(
         num_works, num_heads,
         query.stride(0), query.stride(1), strides[0], strides[1], strides[2], value_cache.stride(2),
         out.stride(0), out.stride(1), block_table.stride(0), scale * LOG2E,
-        PAGE=block_size, GROUP=num_heads // num_kv_heads, D=head_size, HALVES=halves,
+        PAGE=block_size, GROUP=num_heads // num_kv_heads, RANKED=num_heads // (num_rankings or num_kv_heads),
+        D=head_size, HALVES=halves,
         BLOCK=math.gcd(key_block * stop_interval, options.block), UNIT=key_block, INTERVAL=stop_interval,
         STAGES=options.num_stages, VISIT_REGISTERS=options.visit_registers,
         GATHER_REGISTERS=options.gather_registers, num_warps=4,
@@ -459,5 +460,6 @@ def attend(
     attend_marked(
         query, key_cache, value_cache, block_table, segments, tiles, slots, thresholds, out, report,
         scale=scale, value_scale=value_scale, key_block=key_block, stop_interval=stop_interval, tile_size=tile_size,
+        num_rankings=num_rankings,
     )  # fmt: skip
     return report[..., 0]

@@ -21,7 +21,7 @@ its ranking begins, sequence, its index among tiles times heads, and the share o
 @gluon.jit
 def _announce(
     work, num_works, turn, Query, Segments, Tiles, queries, tasks, task_full, task_free,
-    num_heads, stride_q_token, stride_q_head, GROUP: gl.constexpr, D: gl.constexpr, HALVES: gl.constexpr,
+    num_heads, stride_q_token, stride_q_head, RANKED: gl.constexpr, D: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
     """Tell the halves what the tile of this turn is, and copy its queries."""
     one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -41,7 +41,7 @@ def _announce(
         history = gl.load(Segments + segment * 7 + 4)
         share = gl.load(Tiles + tile * 4 + 3)
         limit = gl.where(share == 0, history, gl.load(Segments + segment * 7 + 5))
-        ranking = gl.load(Segments + segment * 7 + 6) + head // GROUP * history
+        ranking = gl.load(Segments + segment * 7 + 6) + head // RANKED * history
         tasks.index(task).store(gl.full([1], query_row, gl.int32, one))
         tasks.index(task + 1).store(gl.full([1], query_pos, gl.int32, one))
         tasks.index(task + 2).store(gl.full([1], rows, gl.int32, one))
@@ -92,8 +92,8 @@ def gather(
     Next, num_works, Query, Keys, Values, BlockTable, Segments, Tiles, Slots, queries, buffers, barriers,
     tasks, task_full, task_free, num_heads, stride_q_token, stride_q_head, stride_block, stride_token, stride_k_head,
     stride_v_head, stride_table,
-    GROUP: gl.constexpr, D: gl.constexpr, HALVES: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    PAGE: gl.constexpr,
+    GROUP: gl.constexpr, RANKED: gl.constexpr, D: gl.constexpr, HALVES: gl.constexpr, BLOCK: gl.constexpr,
+    STAGES: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     """Of each tile, rows of the segment and then of its ranked history. Slots are read a block ahead: rows and the
     slots that name them are loads that wait for each other."""
@@ -110,7 +110,7 @@ def gather(
     work = gl.program_id(0)
     _announce(
         work, num_works, turn, Query, Segments, Tiles, queries, tasks, task_full, task_free,
-        num_heads, stride_q_token, stride_q_head, GROUP, D, HALVES,
+        num_heads, stride_q_token, stride_q_head, RANKED, D, HALVES,
     )  # fmt: skip
     while work < num_works:
         task = (turn & 1) * FIELDS
@@ -157,6 +157,6 @@ def gather(
         work = programs + gl.atomic_add(Next, 1, sem="relaxed")
         _announce(
             work, num_works, turn, Query, Segments, Tiles, queries, tasks, task_full, task_free,
-            num_heads, stride_q_token, stride_q_head, GROUP, D, HALVES,
+            num_heads, stride_q_token, stride_q_head, RANKED, D, HALVES,
         )  # fmt: skip
     async_copy.wait_group(0)

@@ -10,6 +10,9 @@ A stage has the same name and arguments here, in `cpu.py` and in the Triton file
     slots          [num_slots] int32: the rankings, one behind the other (`plan.Segment.offset`)
     thresholds     [num_heads] fp32
 
+A history has one ranking for each KV head, which its query heads share, or one for each query head: `num_rankings` of
+them, which the query heads divide into equal groups of neighbours.
+
 Arguments that only the device needs (sizes known to the host, workspace) are accepted and ignored here.
 
 A *slot* is a token's place in the cache: block * block_size + offset in the block.
@@ -71,9 +74,9 @@ def slots_of(block_table: torch.Tensor, seq: int, positions: torch.Tensor, block
     return block_table[seq, positions // block_size] * block_size + positions % block_size
 
 
-def ranking_of(slots: torch.Tensor, segment: list[int], kv_head: int) -> torch.Tensor:
-    """One segment's ranked history slots for one KV head: a view of [history]."""
-    begin = segment[OFFSET] + kv_head * segment[HISTORY]
+def ranking_of(slots: torch.Tensor, segment: list[int], ranking: int) -> torch.Tensor:
+    """One segment's history slots as one of its rankings has them: a view of [history]."""
+    begin = segment[OFFSET] + ranking * segment[HISTORY]
     return slots[begin : begin + segment[HISTORY]]
 
 
@@ -99,7 +102,7 @@ def importance(keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     """Scores of keys for a segment: the mean of their products with its queries, and DEVIATIONS times the spread.
 
     Args:
-        keys: [history, head_size] fp32; queries: [num_queries, head_size] fp32, of all heads that share the keys.
+        keys: [history, head_size] fp32; queries: [num_queries, head_size] fp32, of all heads that share the ranking.
     """
     queries = in_bounds(queries)
     spread = keys.square() @ queries.var(0, correction=0)
@@ -112,15 +115,20 @@ def step_blocks(seen: int, stop_interval: int) -> int:
 
 
 def rank_keys(
-    query, key_cache, block_table, segments, num_slots: int, num_classes: int, **_device_only
-) -> torch.Tensor:
-    """Step 3: the history of each segment, most important keys first, per KV head.
+    query, key_cache, block_table, segments, num_slots: int, num_classes: int, *, num_rankings: int | None = None,
+    **_device_only,
+) -> torch.Tensor:  # fmt: skip
+    """Step 3: the history of each segment, most important keys first.
 
-    All queries of the segment, over the query heads of the group, rank the keys together, by `importance`. Keys of
-    one importance class keep the order of their positions.
+    All queries of the segment, over the query heads that share a ranking, rank the keys together, by `importance`. Keys
+    of one importance class keep the order of their positions.
+
+    Args:
+        num_rankings: of each history; by default one for each KV head.
     """
     block_size, num_kv_heads = key_cache.shape[1:3]
-    group = query.shape[1] // num_kv_heads
+    num_rankings = num_rankings or num_kv_heads
+    group = query.shape[1] // num_rankings
     slots = torch.full((num_slots,), -1, dtype=torch.int32, device=query.device)
     for segment in segments.tolist():
         rows = slice(segment[QUERY_ROW], segment[QUERY_ROW] + segment[NUM_QUERIES])
@@ -128,11 +136,11 @@ def rank_keys(
         history = slots_of(block_table, segment[SEQ], positions, block_size)
         if not len(history):
             continue
-        for kv_head in range(num_kv_heads):
-            queries = query[rows, kv_head * group : (kv_head + 1) * group].float().flatten(0, 1)
-            scores = importance(read_rows(key_cache, history, kv_head), queries)
+        for ranking in range(num_rankings):
+            queries = query[rows, ranking * group : (ranking + 1) * group].float().flatten(0, 1)
+            scores = importance(read_rows(key_cache, history, ranking * num_kv_heads // num_rankings), queries)
             best_first = importance_classes(scores, num_classes).argsort(stable=True)
-            ranking_of(slots, segment, kv_head).copy_(history[best_first])
+            ranking_of(slots, segment, ranking).copy_(history[best_first])
     return slots
 
 
@@ -184,6 +192,7 @@ def attend(
     key_block: int,
     stop_interval: int,
     value_scale: float = 1.0,
+    num_rankings: int | None = None,
     **_device_only,
 ) -> torch.Tensor:
     """Steps 4 and 5: dense causal attention inside the segment, then the ranked history until the gain is small.
@@ -197,9 +206,11 @@ def attend(
     Args:
         scale: factor on the logits, with those of quantised queries and keys.
         value_scale: factor on the result, of quantised values.
+        num_rankings: as `rank_keys` made them.
     """
     num_heads, head_size = query.shape[1:]
     block_size, num_kv_heads = key_cache.shape[1:3]
+    num_rankings = num_rankings or num_kv_heads
     visited = torch.zeros(len(tiles), num_heads, dtype=torch.int64, device=query.device)
     for index, (seg, first, rows, share) in enumerate(tiles.tolist()):
         segment = segments[seg].tolist()
@@ -219,7 +230,8 @@ def attend(
             pairs = int((positions - segment[HISTORY] + 1).sum())
 
             # Pass 2: the history, most important keys first.
-            ranking = ranking_of(slots, segment, kv_head)[: segment[VISIT_LIMIT if share else HISTORY]]
+            ranking = ranking_of(slots, segment, head * num_rankings // num_heads)
+            ranking = ranking[: segment[VISIT_LIMIT if share else HISTORY]]
             seen = 0
             while seen < len(ranking):
                 m, mass = softmax.m, softmax.l

@@ -105,7 +105,7 @@ def _tile(
     stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
     stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head, stride_table,
     scale, value_scale,
-    PAGE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr, GROUP: tl.constexpr, RANKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, INTERVAL: tl.constexpr, PRECISION: tl.constexpr,
     CAREFUL: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -157,7 +157,7 @@ def _tile(
     # Pass 2: the history, most important keys first, until the tile gains nothing more.
     share = tl.load(Tiles + tile * 4 + 3)
     limit = tl.where(share == 0, history, tl.load(Segments + segment * 7 + 5))
-    ranking = Slots + tl.load(Segments + segment * 7 + 6) + kv_head * history
+    ranking = Slots + tl.load(Segments + segment * 7 + 6) + head // RANKED * history
     threshold = tl.load(Thresholds + head) * (share / _WHOLE)
     seen = 0
     going = limit > 0
@@ -211,7 +211,7 @@ def _attend(
     stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
     stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head, stride_table,
     scale, value_scale,
-    PAGE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr, GROUP: tl.constexpr, RANKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, INTERVAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     _tile(
@@ -219,7 +219,7 @@ def _attend(
         Query, Keys, Values, BlockTable, Segments, Tiles, Slots, Thresholds, Out, Report,
         stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
         stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head, stride_table, scale,
-        value_scale, PAGE, GROUP, D, BLOCK_D, TILE, BLOCK, UNIT, INTERVAL, PRECISION, False, 1,
+        value_scale, PAGE, GROUP, RANKED, D, BLOCK_D, TILE, BLOCK, UNIT, INTERVAL, PRECISION, False, 1,
     )  # fmt: skip
 
 
@@ -230,7 +230,7 @@ def _attend_marked(
     stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
     stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head, stride_table,
     scale, value_scale,
-    PAGE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr, GROUP: tl.constexpr, RANKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, INTERVAL: tl.constexpr, PRECISION: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -252,7 +252,7 @@ def _attend_marked(
                     stride_q_token, stride_q_head, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
                     stride_v_block, stride_v_token, stride_v_head, stride_v_dim, stride_o_token, stride_o_head,
                     stride_table, scale, value_scale,
-                    PAGE, GROUP, D, BLOCK_D, TILE, BLOCK, UNIT, INTERVAL, PRECISION, True, PARTS,
+                    PAGE, GROUP, RANKED, D, BLOCK_D, TILE, BLOCK, UNIT, INTERVAL, PRECISION, True, PARTS,
                 )  # fmt: skip
 
 
@@ -287,7 +287,7 @@ def launch(query: torch.Tensor, tile_size: int, interval: int) -> Launch:
 def attend(
     query, key_cache, value_cache, block_table, segments, tiles, slots, thresholds, out,
     *, scale: float, key_block: int, stop_interval: int, tile_size: int, value_scale: float = 1.0,
-    options: Launch | None = None,
+    num_rankings: int | None = None, options: Launch | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`naive.attend` on the device. Returns the visited pairs, [num_tiles, num_heads] int32.
 
@@ -296,7 +296,9 @@ def attend(
     num_heads = query.shape[1]
     report = torch.empty(len(tiles), num_heads, 2, dtype=torch.int32, device=query.device)
     options = options or launch(query, tile_size, key_block * stop_interval)
-    rules: dict[str, Any] = dict(key_block=key_block, stop_interval=stop_interval, tile_size=tile_size)
+    rules: dict[str, Any] = dict(
+        key_block=key_block, stop_interval=stop_interval, tile_size=tile_size, num_rankings=num_rankings
+    )  # fmt: skip
     tensors = (query, key_cache, value_cache, block_table, segments, tiles, slots, thresholds, out, report)
     _attend[(num_heads, len(tiles))](
         *tensors, *_strides(query, key_cache, value_cache, block_table, out), scale * LOG2E, value_scale,
@@ -310,10 +312,13 @@ def attend(
 def attend_marked(
     query, key_cache, value_cache, block_table, segments, tiles, slots, thresholds, out, report,
     *, scale: float, value_scale: float, key_block: int, stop_interval: int, tile_size: int,
+    num_rankings: int | None = None,
 ) -> None:  # fmt: skip
     """Compute the tiles that `report` marks again, with care, into out and report."""
     num_works = report.shape[0] * report.shape[1]
-    rules: dict[str, Any] = dict(key_block=key_block, stop_interval=stop_interval, tile_size=tile_size)
+    rules: dict[str, Any] = dict(
+        key_block=key_block, stop_interval=stop_interval, tile_size=tile_size, num_rankings=num_rankings
+    )  # fmt: skip
     tensors = (query, key_cache, value_cache, block_table, segments, tiles, slots, thresholds, out, report)
     # No pipeline and small blocks: it must fit wherever the kernel fits that marks the tiles, and is not to be fast.
     _attend_marked[(triton.cdiv(num_works, LOOKED_AT.value),)](
@@ -329,9 +334,13 @@ def _strides(query, key_cache, value_cache, block_table, out) -> tuple[int, ...]
     return (query.stride(0), query.stride(1), *caches, out.stride(0), out.stride(1), block_table.stride(0))
 
 
-def _constants(query, key_cache, key_block: int, stop_interval: int, tile_size: int) -> dict:
+def _constants(
+    query, key_cache, key_block: int, stop_interval: int, tile_size: int, num_rankings: int | None
+) -> dict:  # fmt: skip
     num_heads, head_size = query.shape[1:]
+    num_kv_heads = key_cache.shape[2]
     return dict(
-        PAGE=key_cache.shape[1], GROUP=num_heads // key_cache.shape[2], D=head_size, BLOCK_D=block_dim(head_size),
+        PAGE=key_cache.shape[1], GROUP=num_heads // num_kv_heads, RANKED=num_heads // (num_rankings or num_kv_heads),
+        D=head_size, BLOCK_D=block_dim(head_size),
         TILE=tile_size, UNIT=key_block, INTERVAL=stop_interval, PRECISION=dot_precision(query),
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Triton: the ranking of history keys. See `naive.py` for shapes and meaning.
 
-    pool      mean and variance of each (segment, KV head)'s queries one program per pair
+    pool      mean and variance of each (segment, ranking)'s queries one program per pair
     spread    mean and deviation of a sample of the scores           matrix units, 16+ segments at once
     score     pooled queries x keys -> importance classes, one byte  the same, straight from the paged cache
     count     how many keys of each class each block has             one program per (pair, a few blocks)
@@ -47,13 +47,13 @@ def _in_bounds(queries):
 
 @triton.jit
 def _pool(
-    Query, Segments, Mean, Variance, num_kv_heads, stride_token, stride_head,
+    Query, Segments, Mean, Variance, num_rankings, stride_token, stride_head,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    segment, kv_head = tl.program_id(0), tl.program_id(1)
+    segment, ranking = tl.program_id(0), tl.program_id(1)
     query_row = tl.load(Segments + segment * 7 + 1).to(tl.int64)
     num_queries = tl.load(Segments + segment * 7 + 3)
-    Query += kv_head.to(tl.int64) * GROUP * stride_head
+    Query += ranking.to(tl.int64) * GROUP * stride_head
     d = tl.arange(0, BLOCK_D)
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     squares = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -73,25 +73,26 @@ def _pool(
     step = tl.sum(total, 0) / (num_queries * GROUP)
     variance = tl.sum(squares, 0) / (num_queries * GROUP) - step * step
     variance = tl.maximum(variance, 0.0)  # rounding
-    at = (segment * num_kv_heads + kv_head) * D + d
+    at = (segment * num_rankings + ranking) * D + d
     tl.store(Mean + at, (origin + step).to(Mean.dtype.element_ty), mask=d < D)
     tl.store(Variance + at, variance.to(Variance.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
 def _scores(
-    Mean, Variance, Keys, table, segment, present, key, known, kv_head, num_kv_heads,
+    Mean, Variance, Keys, table, segment, present, key, known, ranking, num_rankings,
     stride_block, stride_token, stride_head, stride_dim,
-    PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SHARING: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """[segments, keys] scores of the keys at some positions of their sequence: `naive.importance`, in bounds."""
     d = tl.arange(0, BLOCK_D)
-    at = (segment[:, None] * num_kv_heads + kv_head) * D + d[None, :]
+    at = (segment[:, None] * num_rankings + ranking) * D + d[None, :]
     pooled = present[:, None] & (d < D)[None, :]
     mean = tl.load(Mean + at, mask=pooled, other=0)
     variance = tl.load(Variance + at, mask=pooled, other=0)
     page = tl.load(table + key // PAGE, mask=known, other=0)
-    row = page.to(tl.int64) * stride_block + (key % PAGE) * stride_token + kv_head.to(tl.int64) * stride_head
+    kv_head = (ranking // SHARING).to(tl.int64)
+    row = page.to(tl.int64) * stride_block + (key % PAGE) * stride_token + kv_head * stride_head
     mask = known[None, :] & (d < D)[:, None]
     keys = tl.load(Keys + row[None, :] + (d * stride_dim)[:, None], mask=mask, other=0.0).to(mean.dtype)
     squares = keys.to(tl.float32)
@@ -113,13 +114,13 @@ def _join(n, mean, squares, n_more, mean_more, squares_more):
 
 @triton.jit(do_not_specialize=["stride_table", "num_parts"])
 def _spread(
-    Mean, Variance, Keys, BlockTable, Segments, Groups, Spread, num_kv_heads, num_parts,
+    Mean, Variance, Keys, BlockTable, Segments, Groups, Spread, num_rankings, num_parts,
     stride_block, stride_token, stride_head, stride_dim, stride_table,
-    PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SHARING: tl.constexpr,
     SEGMENTS: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Count, mean and sum of squared deviations of one part of the sample, for up to SEGMENTS segments."""
-    part, kv_head = tl.program_id(0), tl.program_id(1)
+    part, ranking = tl.program_id(0), tl.program_id(1)
     first = tl.load(Groups + tl.program_id(2) * 2)
     count = tl.load(Groups + tl.program_id(2) * 2 + 1)
     longest = tl.load(Segments + first * 7 + 4)
@@ -135,8 +136,8 @@ def _spread(
         key = (start + tl.arange(0, KEYS)) * _EVERY + _FIRST
         if start * _EVERY < longest:
             scores = _scores(
-                Mean, Variance, Keys, table, segment, present, key, key < longest, kv_head, num_kv_heads,
-                stride_block, stride_token, stride_head, stride_dim, PAGE, D, BLOCK_D, PRECISION,
+                Mean, Variance, Keys, table, segment, present, key, key < longest, ranking, num_rankings,
+                stride_block, stride_token, stride_head, stride_dim, PAGE, D, BLOCK_D, SHARING, PRECISION,
             )  # fmt: skip
             visible = (key[None, :] < history[:, None]) & (tl.abs(scores) < _BOUND)
             # Each block around its own mean, then joined: one sum of squares would drown in a large common offset.
@@ -144,7 +145,7 @@ def _spread(
             mean_here = tl.sum(tl.where(visible, scores, 0.0), 1) / tl.maximum(n_here, 1)
             apart = tl.where(visible, scores - mean_here[:, None], 0.0)
             n, mean, squares = _join(n, mean, squares, n_here, mean_here, tl.sum(apart * apart, 1))
-    at = Spread + ((segment * num_kv_heads + kv_head) * num_parts + part) * 3
+    at = Spread + ((segment * num_rankings + ranking) * num_parts + part) * 3
     tl.store(at, n, mask=present)
     tl.store(at + 1, mean, mask=present)
     tl.store(at + 2, squares, mask=present)
@@ -152,15 +153,15 @@ def _spread(
 
 @triton.jit(do_not_specialize=["stride_table", "num_parts"])
 def _score(
-    Mean, Variance, Keys, BlockTable, Segments, Groups, Spread, Classes, num_kv_heads, num_parts,
+    Mean, Variance, Keys, BlockTable, Segments, Groups, Spread, Classes, num_rankings, num_parts,
     stride_block, stride_token, stride_head, stride_dim, stride_table,
-    PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SHARING: tl.constexpr,
     SEGMENTS: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr, CLASSES: tl.constexpr,
     LOGISTIC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Importance classes of PART keys of one head for up to SEGMENTS segments of one sequence."""
+    """Importance classes of PART keys in one ranking for up to SEGMENTS segments of one sequence."""
     begin_key = tl.program_id(0) * PART
-    kv_head = tl.program_id(1)
+    ranking = tl.program_id(1)
     first = tl.load(Groups + tl.program_id(2) * 2)
     count = tl.load(Groups + tl.program_id(2) * 2 + 1)
     # The group's segments lie in falling order of history: the first sees every key that any sees.
@@ -178,20 +179,20 @@ def _score(
     mean = tl.zeros([SEGMENTS], tl.float32)
     squares = tl.zeros([SEGMENTS], tl.float32)
     for part in range(num_parts):
-        at = Spread + ((segment * num_kv_heads + kv_head) * num_parts + part) * 3
+        at = Spread + ((segment * num_rankings + ranking) * num_parts + part) * 3
         n_here = tl.load(at, mask=present, other=0)
         mean_here = tl.load(at + 1, mask=present, other=0)
         n, mean, squares = _join(n, mean, squares, n_here, mean_here, tl.load(at + 2, mask=present, other=0))
     slope = LOGISTIC / tl.maximum(tl.sqrt(squares / tl.maximum(n, 1)), 1e-20)
 
     # Segments are whole tiles, 16 rows at least: with that the compiler stores 16 classes at a time.
-    begin = tl.multiple_of(offset + kv_head * history, [16])
+    begin = tl.multiple_of(offset + ranking * history, [16])
     history = tl.multiple_of(history, [16])
     for start in range(begin_key, tl.minimum(begin_key + PART, longest), KEYS):
         key = start + tl.arange(0, KEYS)
         scores = _scores(
-            Mean, Variance, Keys, table, segment, present, key, key < longest, kv_head, num_kv_heads,
-            stride_block, stride_token, stride_head, stride_dim, PAGE, D, BLOCK_D, PRECISION,
+            Mean, Variance, Keys, table, segment, present, key, key < longest, ranking, num_rankings,
+            stride_block, stride_token, stride_head, stride_dim, PAGE, D, BLOCK_D, SHARING, PRECISION,
         )  # fmt: skip
         # The square root of the logistic function.
         share = tl.rsqrt(1 + tl.exp2((scores - mean[:, None]) * slope[:, None]))
@@ -203,12 +204,12 @@ def _score(
 
 @triton.jit(do_not_specialize=["num_blocks"])
 def _count(
-    Segments, Classes, Counts, num_kv_heads, num_blocks,
+    Segments, Classes, Counts, num_rankings, num_blocks,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    kv_head, segment = tl.program_id(1), tl.program_id(2)
+    ranking, segment = tl.program_id(1), tl.program_id(2)
     history = tl.multiple_of(tl.load(Segments + segment * 7 + 4), 16)
-    begin = tl.multiple_of(tl.load(Segments + segment * 7 + 6) + kv_head * history, 16)
+    begin = tl.multiple_of(tl.load(Segments + segment * 7 + 6) + ranking * history, 16)
     for i in tl.static_range(BLOCKS):
         block = tl.program_id(0) * BLOCKS + i
         if block * BLOCK < history:
@@ -218,19 +219,19 @@ def _count(
             # What lies beyond the end was read as class 0.
             beyond = tl.maximum((block + 1) * BLOCK - history, 0)
             counts -= tl.where(tl.arange(0, CLASSES) == 0, beyond, 0)
-            at = Counts + ((segment * num_kv_heads + kv_head) * num_blocks + block) * CLASSES
+            at = Counts + ((segment * num_rankings + ranking) * num_blocks + block) * CLASSES
             tl.store(at + tl.arange(0, CLASSES), counts)
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
 def _offsets(
-    Segments, Counts, num_kv_heads, num_blocks, BLOCK: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr
+    Segments, Counts, num_rankings, num_blocks, BLOCK: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     """Counts become places: after all better classes, and after this class of earlier blocks."""
-    kv_head, segment = tl.program_id(0), tl.program_id(1)
+    ranking, segment = tl.program_id(0), tl.program_id(1)
     used = tl.cdiv(tl.load(Segments + segment * 7 + 4), BLOCK)
     classes = tl.arange(0, CLASSES)
-    table = Counts + (segment * num_kv_heads + kv_head) * num_blocks * CLASSES + classes[None, :]
+    table = Counts + (segment * num_rankings + ranking) * num_blocks * CLASSES + classes[None, :]
     total = tl.zeros([CLASSES], tl.int32)
     for start in range(0, used, ROWS):
         b = start + tl.arange(0, ROWS)
@@ -245,17 +246,17 @@ def _offsets(
 
 @triton.jit(do_not_specialize=["num_blocks", "stride_table"])
 def _place(
-    Segments, Classes, Offsets, BlockTable, Slots, num_kv_heads, num_blocks, stride_table,
+    Segments, Classes, Offsets, BlockTable, Slots, num_rankings, num_blocks, stride_table,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    block, kv_head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block, ranking, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     history = tl.load(Segments + segment * 7 + 4)
     if block * BLOCK >= history:
         return
     table = BlockTable + tl.load(Segments + segment * 7).to(tl.int64) * stride_table
     # A thread takes neighbouring keys, which makes the running counts below cheap.
     history = tl.multiple_of(history, 16)
-    begin = tl.multiple_of(tl.load(Segments + segment * 7 + 6) + kv_head * history, 16)
+    begin = tl.multiple_of(tl.load(Segments + segment * 7 + 6) + ranking * history, 16)
     key = block * BLOCK + tl.arange(0, BLOCK)
     known = key < history
     cls = tl.load(Classes + begin + key, mask=known, other=0).to(tl.int32)
@@ -269,7 +270,7 @@ def _place(
         mine = known & (cls // 4 == four)
         running = tl.cumsum(tl.where(mine, unit, 0), 0)
         rank = tl.where(mine, ((running >> shift) & 0xFFFF).to(tl.int32), rank)
-    at = Offsets + ((segment * num_kv_heads + kv_head) * num_blocks + block) * CLASSES + cls
+    at = Offsets + ((segment * num_rankings + ranking) * num_blocks + block) * CLASSES + cls
     place = tl.load(at, mask=known, other=0) + rank - 1
     tl.store(Slots + begin + place, page * PAGE + key % PAGE, mask=known)
 
@@ -291,7 +292,7 @@ def score_options(query, together: int, shared: int, strides: tuple[int, int, in
 
 def rank_keys(
     query, key_cache, block_table, segments, num_slots: int, num_classes: int,
-    *, max_history: int, groups, workspace=None, count_keys=_count, place_keys=_place,
+    *, max_history: int, groups, num_rankings: int | None = None, workspace=None, count_keys=_count, place_keys=_place,
 ) -> torch.Tensor:  # fmt: skip
     """`naive.rank_keys` on the device, without a host synchronisation.
 
@@ -304,9 +305,10 @@ def rank_keys(
         count_keys, place_keys: the kernels of these steps, where there are better ones than this file's.
     """
     block_size, num_kv_heads, head_size = key_cache.shape[1:]
-    count, group = len(segments), query.shape[1] // num_kv_heads
+    num_rankings = num_rankings or num_kv_heads
+    count, group, sharing = len(segments), query.shape[1] // num_rankings, num_rankings // num_kv_heads
     if workspace is None:
-        words = table_words(count, num_kv_heads, count * num_kv_heads * max_history, head_size, num_classes)
+        words = table_words(count, num_rankings, count * num_rankings * max_history, head_size, num_classes)
         sizes = ((num_slots, torch.int32), (num_slots, torch.uint8), (words, torch.int32))
         workspace = tuple(query.new_empty(size, dtype=dtype) for size, dtype in sizes)
     slots, classes, tables = workspace
@@ -314,7 +316,7 @@ def rank_keys(
         return slots
     num_parts = triton.cdiv(max_history, naive.SAMPLE_EVERY * SPREAD_KEYS)
     num_blocks = triton.cdiv(max_history, SORT_BLOCK)
-    pairs = count * num_kv_heads
+    pairs = count * num_rankings
     # Kernels are specialised on addresses by 16 bytes, so the largest comes first and all of them keep to that.
     begin_mean = pairs * num_blocks * num_classes
     begin_variance = begin_mean + pairs * head_size
@@ -325,28 +327,28 @@ def rank_keys(
     variance = tables[begin_variance:begin_spread].view(squares)
     spread = tables[begin_spread:].view(torch.float32)
     dims = dict(D=head_size, BLOCK_D=block_dim(head_size))
-    _pool[(count, num_kv_heads)](
-        query, segments, mean, variance, num_kv_heads, query.stride(0), query.stride(1), GROUP=group, ROWS=32, **dims
+    _pool[(count, num_rankings)](
+        query, segments, mean, variance, num_rankings, query.stride(0), query.stride(1), GROUP=group, ROWS=32, **dims
     )
     where = (*key_cache.stride(), block_table.stride(0))
     together = 1 if len(groups) == count else MAX_SCORED_TOGETHER
     product = score_options(query, together, shared_memory(query.device), key_cache.stride())
-    product |= dict(PAGE=block_size, **dims)
-    _spread[(num_parts, num_kv_heads, len(groups))](
-        mean, variance, key_cache, block_table, segments, groups, spread, num_kv_heads, num_parts, *where,
+    product |= dict(PAGE=block_size, SHARING=sharing, **dims)
+    _spread[(num_parts, num_rankings, len(groups))](
+        mean, variance, key_cache, block_table, segments, groups, spread, num_rankings, num_parts, *where,
         PART=SPREAD_KEYS, **product,
     )  # fmt: skip
-    _score[(triton.cdiv(max_history, SCORE_PART), num_kv_heads, len(groups))](
-        mean, variance, key_cache, block_table, segments, groups, spread, classes, num_kv_heads, num_parts, *where,
+    _score[(triton.cdiv(max_history, SCORE_PART), num_rankings, len(groups))](
+        mean, variance, key_cache, block_table, segments, groups, spread, classes, num_rankings, num_parts, *where,
         PART=SCORE_PART, CLASSES=num_classes, LOGISTIC=naive.LOGISTIC / math.log(2), **product,
     )  # fmt: skip
     sort = dict(BLOCK=SORT_BLOCK, CLASSES=num_classes)
-    count_keys[(triton.cdiv(num_blocks, COUNTED_BLOCKS), num_kv_heads, count)](
-        segments, classes, counts, num_kv_heads, num_blocks, BLOCKS=COUNTED_BLOCKS, num_warps=1, **sort
+    count_keys[(triton.cdiv(num_blocks, COUNTED_BLOCKS), num_rankings, count)](
+        segments, classes, counts, num_rankings, num_blocks, BLOCKS=COUNTED_BLOCKS, num_warps=1, **sort
     )
-    _offsets[(num_kv_heads, count)](segments, counts, num_kv_heads, num_blocks, ROWS=32, **sort)
-    place_keys[(num_blocks, num_kv_heads, count)](
-        segments, classes, counts, block_table, slots, num_kv_heads, num_blocks, block_table.stride(0),
+    _offsets[(num_rankings, count)](segments, counts, num_rankings, num_blocks, ROWS=32, **sort)
+    place_keys[(num_blocks, num_rankings, count)](
+        segments, classes, counts, block_table, slots, num_rankings, num_blocks, block_table.stride(0),
         PAGE=block_size, num_warps=1, **sort,
     )  # fmt: skip
     return slots

@@ -14,13 +14,13 @@ SPREAD_KEYS = 1024
 """Sampled keys that one program takes: their partial moments are combined by whoever needs them."""
 
 
-def table_words(num_segments: int, num_kv_heads: int, keys: int, head_size: int, num_classes: int) -> int:
+def table_words(num_segments: int, num_rankings: int, keys: int, head_size: int, num_classes: int) -> int:
     """Words of 32 bits that a ranking's tables take beside slots and classes: means, variances, moments, counts.
 
     Args:
-        keys: segments times KV heads times the longest history, or what bounds that.
+        keys: segments times rankings times the longest history, or what bounds that.
     """
-    pairs = num_segments * num_kv_heads
+    pairs = num_segments * num_rankings
     moments = 3 * (keys // (SPREAD_KEYS * SAMPLE_EVERY) + pairs)
     return 2 * pairs * head_size + moments + num_classes * (keys // SORT_BLOCK + pairs)
 

@@ -127,14 +127,14 @@ _ROUNDS = gl.constexpr(ROUNDS)
 
 @gluon.jit(do_not_specialize=["num_blocks"])
 def count(
-    Segments, Classes, Counts, num_kv_heads, num_blocks,
+    Segments, Classes, Counts, num_rankings, num_blocks,
     BLOCK: gl.constexpr, BLOCKS: gl.constexpr, CLASSES: gl.constexpr,
 ):  # fmt: skip
     """`rank._count` for 32 classes; launched with one warp."""
-    kv_head, segment = gl.program_id(1), gl.program_id(2)
+    ranking, segment = gl.program_id(1), gl.program_id(2)
     history = gl.load(Segments + segment * 7 + 4)
     # Segments are whole tiles, 16 rows at least, so that classes can be read 16 at a time.
-    begin = gl.multiple_of(gl.load(Segments + segment * 7 + 6) + kv_head * history, 16)
+    begin = gl.multiple_of(gl.load(Segments + segment * 7 + 6) + ranking * history, 16)
     words = gl.multiple_of((Classes + begin).to(gl.pointer_type(gl.int32), bitcast=True), 16)
     end = gl.multiple_of(history // 4, 4)
     for i in gl.static_range(BLOCKS):
@@ -143,7 +143,7 @@ def count(
             word = block * (BLOCK // 4) + gl.arange(0, BLOCK // 4, gl.BlockedLayout([4], [32], [1], [0]))
             cls = gl.load(words + word, mask=word < end, other=0)
             beyond = gl.maximum((block + 1) * BLOCK - history, 0)
-            counts = Counts + ((segment * num_kv_heads + kv_head) * num_blocks + block).to(gl.int64) * CLASSES
+            counts = Counts + ((segment * num_rankings + ranking) * num_blocks + block).to(gl.int64) * CLASSES
             at = gl.full([BLOCK // 4], 0, gl.int64, word.type.layout) + counts.to(gl.int64, bitcast=True)
             gl.inline_asm_elementwise(
                 _COUNT, _COUNT_OPERANDS, [cls, at, gl.full([BLOCK // 4], 0, gl.int32, word.type.layout) + beyond],
@@ -153,15 +153,15 @@ def count(
 
 @gluon.jit(do_not_specialize=["num_blocks", "stride_table"])
 def place(
-    Segments, Classes, Offsets, BlockTable, Slots, num_kv_heads, num_blocks, stride_table,
+    Segments, Classes, Offsets, BlockTable, Slots, num_rankings, num_blocks, stride_table,
     PAGE: gl.constexpr, BLOCK: gl.constexpr, CLASSES: gl.constexpr,
 ):  # fmt: skip
     """`rank._place` for 32 classes; launched with one warp."""
-    block, kv_head, segment = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+    block, ranking, segment = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     history = gl.load(Segments + segment * 7 + 4)
     if block * BLOCK < history:
         table = BlockTable + gl.load(Segments + segment * 7).to(gl.int64) * stride_table
-        begin = gl.load(Segments + segment * 7 + 6) + kv_head * history
+        begin = gl.load(Segments + segment * 7 + 6) + ranking * history
         # One key a thread and round, in the order of positions.
         key = block * BLOCK + gl.arange(0, BLOCK, gl.BlockedLayout([1], [32], [1], [0]))
         known = key < history
@@ -169,7 +169,7 @@ def place(
         page = gl.load(table + key // PAGE, mask=known, other=0)
         # What lies beyond the end comes last in its class, wherever that is, and is not written.
         slot = gl.where(known, page * PAGE + key % PAGE, -1)
-        offsets = Offsets + ((segment * num_kv_heads + kv_head) * num_blocks + block).to(gl.int64) * CLASSES
+        offsets = Offsets + ((segment * num_rankings + ranking) * num_blocks + block).to(gl.int64) * CLASSES
         at = gl.full([BLOCK], 0, gl.int64, key.type.layout) + offsets.to(gl.int64, bitcast=True)
         slot, place = gl.inline_asm_elementwise(
             _PLACE, _PLACE_OPERANDS, [cls, slot, at], dtype=(gl.int32, gl.int32), is_pure=False, pack=_ROUNDS

@@ -57,10 +57,10 @@ class DevicePlan:
         """The longest list of slots that a wave needs."""
         return max((tables.wave.num_slots for tables in self.waves), default=0)
 
-    def buffers(self, cache_shape: tuple[int, int], num_classes: int) -> "Buffers":
-        """Workspace of the step; cache_shape: (num_kv_heads, head_size)."""
+    def buffers(self, ranked: tuple[int, int], num_classes: int) -> "Buffers":
+        """Workspace of the step; ranked: (num_rankings, head_size)."""
         sizes = [(len(tables.wave.segments), tables.wave.max_history) for tables in self.waves]
-        words = [_words(count, count * longest, cache_shape, num_classes) for count, longest in sizes]
+        words = [_words(count, count * longest, ranked, num_classes) for count, longest in sizes]
         return _buffers(self.max_slots, max(words, default=0))
 
 
@@ -89,19 +89,24 @@ def plan_step(
     query_lens: list[int],
     seq_lens: list[int],
     params: S2OParams,
-    num_kv_heads: int,
+    num_rankings: int,
     seqs: list[int] | None = None,
     max_slots: int = MAX_SLOTS,
     prompt_lens: Sequence[int] | None = None,
 ) -> StepPlan:
-    """`make_plan` with what `params` say; `prompt_lens` as in `prefill_attention`."""
+    """`make_plan` with what `params` say.
+
+    Args:
+        num_rankings: `params.num_rankings` of the model's heads.
+        prompt_lens: as in `prefill_attention`.
+    """
     ends = seq_lens if prompt_lens is None else prompt_lens
     return make_plan(
         query_lens,
         seq_lens,
         segment_len=params.segment_len,
         tile_size=params.tile_size,
-        num_kv_heads=num_kv_heads,
+        num_rankings=num_rankings,
         max_slots=max_slots,
         budget=params.budget,
         seqs=seqs,
@@ -153,16 +158,19 @@ def _buffers(num_slots: int, words: int) -> Buffers:
     return ((num_slots,), torch.int32), ((num_slots,), torch.uint8), ((words,), torch.int32)
 
 
-def _words(num_segments: int, total_history: int, cache_shape: tuple[int, int], num_classes: int) -> int:
+def _words(num_segments: int, total_history: int, ranked: tuple[int, int], num_classes: int) -> int:
     from vllm_s2o.kernels.tables import table_words
 
-    num_kv_heads, head_size = cache_shape
-    return table_words(num_segments, num_kv_heads, total_history * num_kv_heads, head_size, num_classes)
+    num_rankings, head_size = ranked
+    return table_words(num_segments, num_rankings, total_history * num_rankings, head_size, num_classes)
 
 
-def most_buffers(num_slots: int, num_segments: int, cache_shape: tuple[int, int], num_classes: int) -> Buffers:
-    """What no step exceeds whose waves hold `num_slots` entries and which has `num_segments` segments, at most."""
-    return _buffers(num_slots, _words(num_segments, 2 * num_slots // cache_shape[0], cache_shape, num_classes))
+def most_buffers(num_slots: int, num_segments: int, ranked: tuple[int, int], num_classes: int) -> Buffers:
+    """What no step exceeds whose waves hold `num_slots` entries and which has `num_segments` segments, at most.
+
+    `ranked` as in `DevicePlan.buffers`.
+    """
+    return _buffers(num_slots, _words(num_segments, 2 * num_slots // ranked[0], ranked, num_classes))
 
 
 def allocate(buffers: Buffers, device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -225,18 +233,19 @@ def run_wave(
 ) -> WaveDone:  # fmt: skip
     """One wave of `run`; `lap` is called before it and after its ranking."""
     stage, wave = stages(implementation, query.device), tables.wave
+    num_rankings = params.num_rankings(query.shape[1], key_cache.shape[2])
     if lap is not None:
         lap()
     slots = stage.rank_keys(
         query, key_cache, block_table, tables.segments, wave.num_slots, params.num_classes,
-        max_history=wave.max_history, groups=tables.groups, workspace=workspace,
+        max_history=wave.max_history, groups=tables.groups, num_rankings=num_rankings, workspace=workspace,
     )  # fmt: skip
     if lap is not None:
         lap()
     pairs = stage.attend(
         query, key_cache, value_cache, block_table, tables.segments, tables.tiles, slots, thresholds, out,
         scale=scale, key_block=params.key_block, stop_interval=params.stop_interval,
-        tile_size=params.tile_size, value_scale=value_scale,
+        tile_size=params.tile_size, value_scale=value_scale, num_rankings=num_rankings,
     )  # fmt: skip
     return WaveDone(slots, pairs)
 
@@ -262,6 +271,7 @@ def warm_up(
     # No kernel depends on thresholds, of which a list counts the model's heads and not this rank's, nor on the length
     # of segments.
     params = params.model_copy(update={"threshold": 0.0, "segment_len": params.tile_size})
+    num_rankings = params.num_rankings(num_heads, num_kv_heads)
     length = 3 * params.segment_len
     blocks = -(-length // block_size)
     query = torch.zeros(length, num_heads, head_size, dtype=query_dtype or dtype, device=device)
@@ -277,7 +287,7 @@ def warm_up(
 
     def compile_all() -> None:
         for query_len in (params.segment_len, length):  # scores of one segment and of several are separate kernels
-            plan = to_device(plan_step([query_len], [length], params, num_kv_heads), device)
+            plan = to_device(plan_step([query_len], [length], params, num_rankings), device)
             for keys, values in layouts:
                 run(query[:query_len], keys, values, block_table, plan, params, 1.0, out[:query_len])
 
@@ -376,7 +386,8 @@ def prefill_attention(
     # with any strides.
     query = query if query.stride(-1) == 1 and query.stride(0) < MAX_ROW_STRIDE else query.contiguous()
     block_table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
-    plan = plan_step(query_lens, lens, params, key_cache.shape[2], prompt_lens=prompt_lens)
+    num_rankings = params.num_rankings(query.shape[1], key_cache.shape[2])
+    plan = plan_step(query_lens, lens, params, num_rankings, prompt_lens=prompt_lens)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
         visited = run(

@@ -66,13 +66,13 @@ def short_name(layer_name: str) -> str:
     return layer_name if index is None else str(index)
 
 
-def reserved_slots(vllm_config, num_kv_heads: int, config: ResolvedConfig) -> int:
+def reserved_slots(vllm_config, num_rankings: int, config: ResolvedConfig) -> int:
     """Index entries that the workspace holds: what profiling reserves and no plan exceeds."""
     return workspace_slots(
         vllm_config.model_config.max_model_len,
         vllm_config.scheduler_config.max_num_batched_tokens,
         config.params.segment_len,
-        num_kv_heads,
+        num_rankings,
         attention.MAX_SLOTS,
     )
 
@@ -117,7 +117,6 @@ class S2OMetadataBuilder(DENSE_BUILDER):
         self.s2o = resolve(vllm_config)
         layers = vllm_config.compilation_config.static_forward_context
         self.s2o_max_len = vllm_config.model_config.max_model_len
-        self.s2o_slots = reserved_slots(vllm_config, kv_cache_spec.num_kv_heads, self.s2o)
         self.s2o_min_query = max(self.s2o.min_query_len, 1 + compat.longest_decode(vllm_config))
         self.s2o_short = f"sequences shorter than min_seq_len={self.s2o.min_seq_len}"
         self.s2o_few = f"fewer new tokens than min_query_len={self.s2o_min_query}, decode among them"
@@ -127,6 +126,10 @@ class S2OMetadataBuilder(DENSE_BUILDER):
         ours = [layers[name] for name in layer_names if isinstance(layers[name].impl, S2OImpl)]
         # A draft's layers may be in the target's group. They run in steps of the drafter too, and are not counted.
         self.s2o_layers = [layer for layer in ours if not compat.is_draft_layer(layer.impl, layer)]
+        # One plan for all layers of the group: those that it does not fit are dense.
+        num_heads = max((layer.impl.num_heads for layer in self.s2o_layers), default=kv_cache_spec.num_kv_heads)
+        self.s2o_rankings = self.s2o.params.num_rankings(num_heads, kv_cache_spec.num_kv_heads)
+        self.s2o_slots = reserved_slots(vllm_config, self.s2o_rankings, self.s2o)
         problem = compat.engine_problem(vllm_config) or compat.builder_problem(type(self), S2OMetadataBuilder)
         if device.type == "cuda" and self.s2o_layers and problem is None:
             shape = (kv_cache_spec.block_size, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
@@ -137,7 +140,7 @@ class S2OMetadataBuilder(DENSE_BUILDER):
                 problem = problem or wrong
         dense: dict[str, list[str]] = {}
         for layer in ours:
-            reason = layer.impl.settle(layer, self.s2o, problem)
+            reason = layer.impl.settle(layer, self.s2o, self.s2o_rankings, problem)
             if reason is not None:
                 dense.setdefault(reason, []).append(short_name(layer.layer_name))
         may_be_sparse = [layer.impl for layer in self.s2o_layers if layer.impl.s2o_params is not None]
@@ -251,8 +254,9 @@ class S2OMetadataBuilder(DENSE_BUILDER):
         if not sparse:
             return None
         prompts.note_sparse([owners[row] for row in sparse], [query_lens[row] for row in sparse])
-        num_kv_heads = self.kv_cache_spec.num_kv_heads
-        plan = attention.plan_step(query_lens, seq_lens, self.s2o.params, num_kv_heads, sparse, self.s2o_slots, ends)
+        plan = attention.plan_step(
+            query_lens, seq_lens, self.s2o.params, self.s2o_rankings, sparse, self.s2o_slots, ends
+        )  # fmt: skip
         starts = list(itertools.accumulate(query_lens, initial=0))
         dense = []
         for first, last in dense_runs(query_lens, sparse):
@@ -308,18 +312,19 @@ class S2OImpl(DENSE_IMPL):
         self._s2o_most: attention.Buffers = ()
         if not self.s2o_draft:
             config = resolve(vllm_config)
-            shape = (self.num_kv_heads, self.head_size)
+            num_rankings = config.params.num_rankings(self.num_heads, self.num_kv_heads)
             self._s2o_most = attention.most_buffers(
-                reserved_slots(vllm_config, self.num_kv_heads, config),
+                reserved_slots(vllm_config, num_rankings, config),
                 most_segments(
                     vllm_config.scheduler_config.max_num_batched_tokens, config.params.segment_len, config.min_query_len
                 ),
-                shape,
+                (num_rankings, self.head_size),
                 config.params.num_classes,
             )
 
-    def settle(self, layer, config: ResolvedConfig, problem: str | None = None) -> str | None:
-        """Choose this layer's path. Returns the reason when it stays dense; `problem` is one that all layers have."""
+    def settle(self, layer, config: ResolvedConfig, num_rankings: int, problem: str | None = None) -> str | None:
+        """Choose this layer's path. Returns the reason when it stays dense; `problem` is one that all layers have, and
+        plans are made for `num_rankings`."""
         self.s2o_params = None
         reason = problem or compat.layer_problem(self, layer)
         if reason is not None:
@@ -330,6 +335,8 @@ class S2OImpl(DENSE_IMPL):
         params = config.params if index is None else config.layer(index)
         if params is None:
             return "the config says so"
+        if params.num_rankings(self.num_heads, self.num_kv_heads) != num_rankings:
+            return f"steps are planned for {num_rankings} rankings, one of each query head, and it has {self.num_heads}"
         if isinstance(params.threshold, tuple):  # the config counts the model's heads, this rank holds some of them
             rank, _ = compat.tensor_parallel()
             mine = params.threshold[rank * self.num_heads : (rank + 1) * self.num_heads]
@@ -357,7 +364,8 @@ class S2OImpl(DENSE_IMPL):
             new = (None if tensor is None else tensor[rows] for tensor in (key, value))
             super().forward(layer, query[rows], *new, kv_cache, run.metadata, output[rows], *args, **kwargs)
         key_cache, value_cache, block_table = caches.views(layer, self, kv_cache, attn_metadata.block_table)
-        buffers = work.plan.buffers((self.num_kv_heads, self.head_size), params.num_classes)
+        num_rankings = params.num_rankings(self.num_heads, self.num_kv_heads)
+        buffers = work.plan.buffers((num_rankings, self.head_size), params.num_classes)
         workspace = compat.reserve_workspace(*buffers)
         clock = work.step.clock(query.device)
         of_logits, of_values = caches.scales(self, layer, query)

@@ -46,6 +46,12 @@ class S2OParams(BaseModel):
         "read from them, and each of them asks for something else.",
     )  # fmt: skip
     num_classes: Power = Field(32, description="Importance classes that the keys are ranked into.")
+    ranking: Literal["kv_head", "query_head"] = Field(
+        "kv_head",
+        description="What has a ranking of its own: each KV head, which its query heads share, or each query head. "
+        "The latter errs less at equal density, most of all beyond a model's context, and takes the ranking's time and "
+        "memory once for each query head.",
+    )  # fmt: skip
     budget: float | None = Field(
         None, gt=0, le=1, strict=True, allow_inf_nan=False,
         description="Fixed share of the history to visit, without a stop rule, beside dense_tail; for benchmarks and "
@@ -68,6 +74,10 @@ class S2OParams(BaseModel):
                 {"segment_len": self.segment_len, "tile_size": self.tile_size},
             )
         return self
+
+    def num_rankings(self, num_heads: int, num_kv_heads: int) -> int:
+        """Of one history."""
+        return num_heads if self.ranking == "query_head" else num_kv_heads
 
     def thresholds(self, num_heads: int) -> tuple[float, ...]:
         """One threshold per query head.

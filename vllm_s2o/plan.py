@@ -38,8 +38,8 @@ class Segment(NamedTuple):
     visit_limit: int
     """History keys that may be visited: all of them, or the share that a fixed budget allows."""
     offset: int
-    """Where, in its wave's flat list of slots, this segment's ranking begins: KV head h has
-    `history` entries from `offset + h * history`."""
+    """Where, in its wave's flat list of slots, this segment's rankings begin: number r has
+    `history` entries from `offset + r * history`."""
 
 
 class Tile(NamedTuple):
@@ -61,7 +61,7 @@ class Wave:
     segments: tuple[Segment, ...]
     tiles: tuple[Tile, ...]
     num_slots: int
-    """Length of the flat list of slots: the sum of `history` over segments and KV heads."""
+    """Length of the flat list of slots: the sum of `history` over segments and rankings."""
     max_history: int
 
 
@@ -140,13 +140,13 @@ def dense_runs(query_lens: Sequence[int], sparse: Sequence[int]) -> list[tuple[i
     return runs
 
 
-def workspace_slots(max_seq_len: int, max_tokens: int, segment_len: int, num_kv_heads: int, max_slots: int) -> int:
+def workspace_slots(max_seq_len: int, max_tokens: int, segment_len: int, num_rankings: int, max_slots: int) -> int:
     """The most index entries that a wave of any step can hold.
 
     One long prompt needs the most that is useful, and many short ones are cut into more waves; a single
     history is held whole, however long. Pass the result to `make_plan` as max_slots.
     """
-    one = max_seq_len * num_kv_heads
+    one = max_seq_len * num_rankings
     return max(one, min(max_slots, (max_tokens // segment_len + 2) * one))
 
 
@@ -161,7 +161,7 @@ def make_plan(
     *,
     segment_len: int,
     tile_size: int,
-    num_kv_heads: int,
+    num_rankings: int,
     max_slots: int,
     budget: float | None = None,
     seqs: Sequence[int] | None = None,
@@ -172,6 +172,7 @@ def make_plan(
 
     Args:
         query_lens, seq_lens: per row of the batch; a row's queries are the last tokens of its sequence.
+        num_rankings: of a history: one for each KV head, or for each query head.
         max_slots: the most index entries that one wave may hold; a single segment is never split. Tables are as wide as
             a wave's longest history: its segments times that stay below twice as much.
         budget: share of the history that may be visited; None for all of it.
@@ -195,7 +196,7 @@ def make_plan(
     batch: list[Segment] = []
     used = longest = tiles = 0
     for segment in reversed(segments):
-        need = segment.history * num_kv_heads
+        need = segment.history * num_rankings
         longest = max(longest, need)
         most_tiles = segment.num_queries // tile_size + 2
         full = used + need > max_slots or (len(batch) + 1) * longest > 2 * max_slots or tiles + most_tiles > MAX_TILES

@@ -70,11 +70,13 @@ def largest_logit(case) -> float:
 # -- what fp64 says ---------------------------------------------------------------------------------------------------
 
 
-def class_coordinates(case, segment, kv_head, params) -> tuple[torch.Tensor, torch.Tensor]:
+def class_coordinates(problem, segment, ranking) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each history key, the class as a real number, and how far rounding may move it: `naive.importance_classes`."""
-    group = case.query.shape[1] // case.key_cache.shape[2]
+    case, params = problem.case, problem.params
+    group = case.query.shape[1] // problem.num_rankings
+    kv_head = ranking * case.key_cache.shape[2] // problem.num_rankings
     rows = slice(segment.query_row, segment.query_row + segment.num_queries)
-    queries = case.query[rows, kv_head * group : (kv_head + 1) * group].flatten(0, 1).double()
+    queries = case.query[rows, ranking * group : (ranking + 1) * group].flatten(0, 1).double()
     positions = torch.arange(segment.history, device=DEVICE)
     page = case.key_cache.shape[1]
     keys = case.key_cache[case.block_table[segment.seq, positions // page].long(), positions % page, kv_head].double()
@@ -100,17 +102,17 @@ def class_coordinates(case, segment, kv_head, params) -> tuple[torch.Tensor, tor
     return ends[0], torch.maximum((ends[1] - ends[0]).abs(), (ends[2] - ends[0]).abs()) + 1e-4
 
 
-def assert_ranked(case, segment, kv_head, slots, params) -> None:
-    page = case.key_cache.shape[1]
+def assert_ranked(problem, segment, number, slots) -> None:
+    case, page = problem.case, problem.case.key_cache.shape[1]
     positions = torch.arange(segment.history, device=DEVICE)
     history = naive.slots_of(case.block_table, segment.seq, positions, page)
-    ranking = naive.ranking_of(slots, list(segment), kv_head)
+    ranking = naive.ranking_of(slots, list(segment), number)
     assert torch.equal(ranking.sort().values, history.sort().values), "a permutation"
     at = torch.empty(int(history.max()) + 1, dtype=torch.int64, device=DEVICE)
     at[history.long()] = positions
     ranked = at[ranking.long()]
-    coordinate, off = class_coordinates(case, segment, kv_head, params)
-    most = params.num_classes - 1
+    coordinate, off = class_coordinates(problem, segment, number)
+    most = problem.params.num_classes - 1
     low, high = ((coordinate + side * off).clamp(0, most).int() for side in (-1, 1))
     low[: naive.FIRST_TOKENS] = high[: naive.FIRST_TOKENS] = 0
     # A key may not stand before one whose class is lower in any case.
@@ -173,19 +175,19 @@ class Tile:
 def stages_of(problem, implementation):
     """Wave by wave, what the stages give: (wave, slots, output of this wave, pairs)."""
     case, params, stage = problem.case, problem.params, attention.stages(implementation, DEVICE)
-    plan = attention.plan_step(
-        case.query_lens, case.lens, params, case.key_cache.shape[2], prompt_lens=problem.prompt_lens
-    )
+    num_rankings = problem.num_rankings
+    plan = attention.plan_step(case.query_lens, case.lens, params, num_rankings, prompt_lens=problem.prompt_lens)
     (thresholds,) = attention.device_thresholds([(params, case.query.shape[1])], DEVICE)
     query = case.query if case.query.stride(-1) == 1 else case.query.contiguous()
     for tables in attention.to_device(plan, DEVICE).waves:
         wave = tables.wave
         slots = stage.rank_keys(
             query, case.key_cache, case.block_table, tables.segments, wave.num_slots, params.num_classes,
-            max_history=wave.max_history, groups=tables.groups,
+            max_history=wave.max_history, groups=tables.groups, num_rankings=num_rankings,
         )  # fmt: skip
         rules = dict(
-            scale=case.scale, key_block=params.key_block, stop_interval=params.stop_interval, tile_size=params.tile_size
+            scale=case.scale, key_block=params.key_block, stop_interval=params.stop_interval,
+            tile_size=params.tile_size, num_rankings=num_rankings,
         )  # fmt: skip
         tensors = (case.key_cache, case.value_cache, case.block_table, tables.segments, tables.tiles, slots)
         out, expected = (torch.full(case.query.shape, math.nan, dtype=query.dtype, device=DEVICE) for _ in range(2))
@@ -203,17 +205,17 @@ def assert_like_the_oracle(problem, implementation) -> None:
     again, stats_again = prefill_attention(**problem.arguments, return_stats=True, implementation=implementation)
     assert torch.equal(out, again) and torch.equal(stats.visited_pairs, stats_again.visited_pairs), "two runs differ"
     assert (stats.visited_pairs <= stats.causal_pairs).all()
-    bar, group = output_bar(case), case.query.shape[1] // max(case.key_cache.shape[2], 1)
+    bar, num_rankings = output_bar(case), problem.num_rankings
     parts, visited, ties = torch.full_like(again, math.nan), torch.zeros_like(stats.visited_pairs), 0
     for wave, slots, thresholds, (mine, pairs), (expected, want) in stages_of(problem, implementation):
         for segment in wave.segments:
-            for kv_head in range(case.key_cache.shape[2] if segment.history else 0):
-                assert_ranked(case, segment, kv_head, slots, params)
+            for ranking in range(num_rankings if segment.history else 0):
+                assert_ranked(problem, segment, ranking, slots)
         judged = torch.ones_like(mine[..., 0], dtype=torch.bool)
         for index, head in (pairs != want).nonzero().tolist():
             tile = wave.tiles[index]
             segment = wave.segments[tile.segment]
-            ranking = naive.ranking_of(slots, list(segment), head // group)
+            ranking = naive.ranking_of(slots, list(segment), head * num_rankings // case.query.shape[1])
             exact = Tile(case, params, segment, tile, head, ranking)
             seen, rest = divmod(int(pairs[index, head]) - exact.inside, tile.rows)
             assert rest == 0

@@ -13,7 +13,7 @@ rows = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 500)), min_size=1,
 def test_every_query_lies_in_one_tile(rows, max_slots):
     query_lens = [q for q, _ in rows]
     seq_lens = [q + before for q, before in rows]
-    plan = make_plan(query_lens, seq_lens, segment_len=64, tile_size=16, num_kv_heads=2, max_slots=max_slots)
+    plan = make_plan(query_lens, seq_lens, segment_len=64, tile_size=16, num_rankings=2, max_slots=max_slots)
     covered = []
     for wave in plan.waves:
         assert wave.num_slots <= max_slots or len(wave.segments) == 1
@@ -37,7 +37,7 @@ def test_every_query_lies_in_one_tile(rows, max_slots):
 
 
 def test_budget_rounds_up():
-    plan = make_plan([10], [138], segment_len=64, tile_size=16, num_kv_heads=1, max_slots=10**6, budget=0.01)
+    plan = make_plan([10], [138], segment_len=64, tile_size=16, num_rankings=1, max_slots=10**6, budget=0.01)
     assert [s.visit_limit for s in plan.waves[0].segments] == [2]
 
 
@@ -45,7 +45,7 @@ def test_budget_rounds_up():
 def test_dense_tiles_are_those_at_the_end(rows, before_end):
     query_lens, seq_lens = [q for q, _ in rows], [q + before for q, before in rows]
     plan = make_plan(
-        query_lens, seq_lens, segment_len=64, tile_size=16, num_kv_heads=2, max_slots=5000,
+        query_lens, seq_lens, segment_len=64, tile_size=16, num_rankings=2, max_slots=5000,
         dense_from=[length - before_end for length in seq_lens],
     )  # fmt: skip
     for wave in plan.waves:
@@ -58,7 +58,7 @@ def test_dense_tiles_are_those_at_the_end(rows, before_end):
 def test_dense_tiles_come_first():
     """A prompt's end beside the beginning of another one, which comes after it in the batch."""
     plan = make_plan(
-        [32, 64], [200, 64], segment_len=64, tile_size=16, num_kv_heads=2, max_slots=5000, dense_from=[185, 300]
+        [32, 64], [200, 64], segment_len=64, tile_size=16, num_rankings=2, max_slots=5000, dense_from=[185, 300]
     )
     (wave,) = plan.waves
     tiles = [(wave.segments[tile.segment].query_pos + tile.first, tile.rows, tile.share == 0) for tile in wave.tiles]
@@ -92,7 +92,7 @@ def test_shares_do_not_depend_on_the_cut():
         found = {}
         for query_len, seq_len in cuts:
             plan = make_plan(
-                [query_len], [seq_len], segment_len=64, tile_size=16, num_kv_heads=1, max_slots=10**6, reference_len=100
+                [query_len], [seq_len], segment_len=64, tile_size=16, num_rankings=1, max_slots=10**6, reference_len=100
             )
             for wave in plan.waves:
                 for tile in wave.tiles:
@@ -106,7 +106,7 @@ def test_shares_do_not_depend_on_the_cut():
 
 
 def test_rows_not_chosen_have_no_work():
-    plan = make_plan([10, 20, 30], [10, 20, 30], segment_len=64, tile_size=16, num_kv_heads=1, max_slots=99, seqs=[1])
+    plan = make_plan([10, 20, 30], [10, 20, 30], segment_len=64, tile_size=16, num_rankings=1, max_slots=99, seqs=[1])
     assert [s.query_row for s in plan.waves[0].segments] == [10]
     assert plan.causal_pairs == (0, 210, 0)
 
@@ -118,7 +118,7 @@ def test_dense_runs():
 
 
 def test_a_wave_fits_a_grid():
-    plan = make_plan([1] * 70_000, [1] * 70_000, segment_len=16, tile_size=16, num_kv_heads=1, max_slots=99)
+    plan = make_plan([1] * 70_000, [1] * 70_000, segment_len=16, tile_size=16, num_rankings=1, max_slots=99)
     assert sum(len(wave.tiles) for wave in plan.waves) == 70_000
     assert max(len(wave.tiles) for wave in plan.waves) <= 65_535
 
@@ -128,7 +128,7 @@ def test_most_segments(rows, segment_len):
     query_lens = [q + 5 for q, _ in rows]
     plan = make_plan(
         query_lens, [q + before for q, (_, before) in zip(query_lens, rows, strict=True)], segment_len=segment_len,
-        tile_size=16, num_kv_heads=1, max_slots=10**9,
+        tile_size=16, num_rankings=1, max_slots=10**9,
     )  # fmt: skip
     assert sum(len(w.segments) for w in plan.waves) <= most_segments(sum(query_lens), segment_len, 5)
 

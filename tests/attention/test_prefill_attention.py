@@ -152,6 +152,23 @@ def test_thresholds_fall_with_the_history(implementation):
         assert torch.equal(out[rows], same)
 
 
+@pytest.mark.parametrize("implementation", ["naive", *IMPLEMENTATIONS])
+def test_a_ranking_for_each_query_head(implementation):
+    """What a model would compute whose query heads share no keys, and nothing else."""
+    case = make_case([250, 1, 90], [250, 70, 300])
+    params = SPARSE.model_copy(update={"threshold": (0.2, 0.05, 0.4, 0.02), "ranking": "query_head"})
+    options = dict(return_stats=True, implementation=implementation)
+    out, stats = prefill_attention(**case.arguments, params=params, **options)
+    caches = {name: case.arguments[name].repeat_interleave(2, 2) for name in ("key_cache", "value_cache")}
+    alone, expected = prefill_attention(**case.arguments | caches, params=params, **options)
+    assert torch.equal(stats.visited_pairs, expected.visited_pairs)
+    assert (out - alone).abs().max() < 1e-5
+    shared, few = prefill_attention(
+        **case.arguments, params=params.model_copy(update={"ranking": "kv_head"}), **options
+    )
+    assert not torch.equal(stats.visited_pairs, few.visited_pairs) and (out - shared).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_threshold_per_head(implementation):
     case = make_case([300], [300])

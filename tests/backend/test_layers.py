@@ -3,10 +3,10 @@
 import pytest
 import tiny
 import torch
-from batch import ALL_DENSE, DENSE, EXACT, SHORT, Batch
+from batch import ALL_DENSE, DENSE, EXACT, LONG, SHORT, Batch, rows_of
 from vllm.platforms import current_platform
 
-from vllm_s2o import backend, compat
+from vllm_s2o import backend, compat, prefill_attention
 from vllm_s2o.backend import S2OBackend, layer_index
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="these batches are small enough for a CPU only")
@@ -43,6 +43,22 @@ def test_layers_that_the_config_keeps_dense(start, told):
     assert params[:2] == [None, None]
     assert params[2].threshold == 0.25
     assert "s2o: dense: the config says so (layers 0,1)" in told
+
+
+def test_layers_that_have_a_ranking_for_each_query_head(start, finished):
+    """A step's plan has room for all of them; it was not made for a layer with other heads."""
+    sparse = start({**SHORT, "threshold": 0.25, "ranking": "query_head"})
+    (layer,) = sparse.layers
+    batch = Batch(layer)
+    metadata = sparse.builder.build(0, batch.common)
+    out, case = batch.attend(layer, metadata), batch.case(layer, LONG)
+    ours = prefill_attention(**case.arguments, params=layer.impl.s2o_params)
+    assert rows_of(out, LONG).equal(ours)
+    shared = layer.impl.s2o_params.model_copy(update={"ranking": "kv_head"})
+    assert not prefill_attention(**case.arguments, params=shared).equal(ours)
+    told = layer.impl.settle(layer, sparse.builder.s2o, 8)
+    assert told == "steps are planned for 8 rankings, one of each query head, and it has 4"
+    assert layer.impl.s2o_params is None
 
 
 NAMELESS = {"name": "model.blocks.1.part.2.attn"}

@@ -268,8 +268,9 @@ class Witness:
         starts = torch.tensor([0, *query_lens]).cumsum(0).tolist()
         for row in seqs:
             mine, blocks = slice(starts[row], starts[row + 1]), block_table[row : row + 1]
+            num_rankings = params.num_rankings(query.shape[1], key_cache.shape[2])
             single = attention.plan_step(
-                [query_lens[row]], [seq_lens[row]], params, key_cache.shape[2], prompt_lens=[ends[row]]
+                [query_lens[row]], [seq_lens[row]], params, num_rankings, prompt_lens=[ends[row]]
             )
             alone = torch.empty_like(out[mine])
             # With a workspace and thresholds of its own, whatever the engine gave.

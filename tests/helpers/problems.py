@@ -26,6 +26,10 @@ class Problem:
     def arguments(self) -> dict:
         return self.case.arguments | {"params": self.params, "prompt_lens": self.prompt_lens}
 
+    @property
+    def num_rankings(self) -> int:
+        return self.params.num_rankings(self.case.query.shape[1], self.case.key_cache.shape[2])
+
     def __str__(self) -> str:
         """All but the numbers, from what the host knows: after a fault nothing can be read from the device."""
         case = self.case
@@ -81,6 +85,7 @@ def problems(draw, dtypes=(torch.float32,), most: int = 320, small: bool = False
         segment_len=segment_len, tile_size=tile,
         key_block=draw(st.sampled_from([16, 32, 64])), stop_interval=draw(st.sampled_from([1, 1, 2, 3, 5])),
         num_classes=draw(st.sampled_from([16, 32, 32, 64, 128])),
+        ranking=draw(st.sampled_from(["kv_head", "query_head"])),
         dense_tail=draw(st.sampled_from([0, 0, 0, 1, tile, 100])),
         reference_len=draw(st.sampled_from([None, None, 1, 50, 150])),
     )  # fmt: skip

@@ -30,6 +30,7 @@ RULES = {
     "long histories": dict(threshold=0.4, reference_len=60),
     "dense end of a budget": dict(budget=0.1, dense_tail=1),
     # Histories that no interval divides, and for tiles of 64 no block either: a ranking ends between two tests.
+    "a ranking for each query head": dict(threshold=0.01, ranking="query_head"),
     "odd histories": dict(threshold=0.002),
     "odd histories, long intervals": dict(threshold=0.002, stop_interval=8),
 }
@@ -40,16 +41,20 @@ def params_of(rule, tile):
     return S2OParams(**{"dense_tail": 0, **RULES[rule]}, segment_len=segment_len, tile_size=tile)
 
 
+def rankings_of(case, params):
+    return params.num_rankings(case.query.shape[1], case.key_cache.shape[2])
+
+
 def one_wave(case, params):
-    plan = attention.plan_step(case.query_lens, case.lens, params, case.key_cache.shape[2], max_slots=2**30)
+    plan = attention.plan_step(case.query_lens, case.lens, params, rankings_of(case, params), max_slots=2**30)
     (wave,) = attention.to_device(plan, DEVICE).waves
     return wave
 
 
-def ranked(module, case, wave, num_classes=32):
+def ranked(module, case, wave, params):
     return module.rank_keys(
-        case.query, case.key_cache, case.block_table, wave.segments, wave.wave.num_slots, num_classes,
-        max_history=wave.wave.max_history, groups=wave.groups,
+        case.query, case.key_cache, case.block_table, wave.segments, wave.wave.num_slots, params.num_classes,
+        max_history=wave.wave.max_history, groups=wave.groups, num_rankings=rankings_of(case, params),
     )  # fmt: skip
 
 
@@ -59,7 +64,7 @@ def attended(module, case, params, wave, slots, thresholds, **options):
     pairs = module.attend(
         case.query, case.key_cache, case.value_cache, case.block_table, wave.segments, wave.tiles, slots,
         thresholds, out, scale=case.scale, key_block=params.key_block, stop_interval=params.stop_interval,
-        tile_size=params.tile_size, **options,
+        tile_size=params.tile_size, num_rankings=rankings_of(case, params), **options,
     )  # fmt: skip
     return out, pairs
 
@@ -69,10 +74,12 @@ def attended(module, case, params, wave, slots, thresholds, **options):
 @pytest.mark.parametrize(
     ("query_lens", "seq_lens"), [([100], [100]), ([5000], [5000]), ([333, 1, 700], [1733, 40, 700])], ids=str
 )
-def test_votes_place_as_running_counts_do(query_lens, seq_lens):
+@pytest.mark.parametrize("ranking", ["kv_head", "query_head"])
+def test_votes_place_as_running_counts_do(query_lens, seq_lens, ranking):
     case = make_case(query_lens, seq_lens, num_heads=4, num_kv_heads=2, dtype=torch.bfloat16)
-    wave = one_wave(case, S2OParams(dense_tail=0, segment_len=64, tile_size=64))
-    assert torch.equal(ranked(cuda, case, wave), ranked(rank, case, wave))
+    params = S2OParams(dense_tail=0, segment_len=64, tile_size=64, ranking=ranking)
+    wave = one_wave(case, params)
+    assert torch.equal(ranked(cuda, case, wave, params), ranked(rank, case, wave, params))
 
 
 @gpu
@@ -88,7 +95,7 @@ def test_stops_where_the_triton_kernel_stops(dtype, head_size, tile, layout, rul
     case = make_case(**LENGTHS, num_heads=8, num_kv_heads=2, head_size=head_size, dtype=dtype, layout=layout)
     params = params_of(rule, tile)
     wave = one_wave(case, params)
-    slots = ranked(rank, case, wave)
+    slots = ranked(rank, case, wave, params)
     thresholds = torch.full((8,), 0.0 if params.budget else params.threshold, device=DEVICE)
     interval = params.key_block * params.stop_interval
     assert hopper.unsuitable(case.query, case.key_cache, case.value_cache, tile, interval) is None
@@ -118,7 +125,7 @@ def test_it_does_not_matter_who_takes_a_tile(tile, rule):
     case = make_case(**LENGTHS, num_heads=8, num_kv_heads=2, dtype=torch.bfloat16)
     params = params_of(rule, tile)
     wave = one_wave(case, params)
-    slots = ranked(rank, case, wave)
+    slots = ranked(rank, case, wave, params)
     thresholds = torch.full((8,), 0.0 if params.budget else params.threshold, device=DEVICE)
 
     given = (case, params, wave, slots, thresholds)
@@ -155,7 +162,7 @@ def test_the_bits_stay_where_the_gpu_is_shared(shared_gpu, tile):
     case = make_case([2000], [6000], num_heads=8, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
     params = S2OParams(dense_tail=0, threshold=0.01, segment_len=256, tile_size=tile)
     wave = one_wave(case, params)
-    slots = ranked(rank, case, wave)
+    slots = ranked(rank, case, wave, params)
     given = (case, params, wave, slots, torch.full((8,), params.threshold, device=DEVICE))
     out, pairs = attended(hopper, *given, options=hopper.Launch(programs=1))
     for _ in range(400):
@@ -173,7 +180,7 @@ def test_many_tiles_that_stop_everywhere():
     case = make_case([3000, 517], [6000, 517], num_heads=32, num_kv_heads=8, head_size=128, dtype=torch.bfloat16)
     params = S2OParams(dense_tail=0, segment_len=128, key_block=32, stop_interval=4)
     wave = one_wave(case, params)
-    slots = ranked(rank, case, wave)
+    slots = ranked(rank, case, wave, params)
     thresholds = torch.logspace(-4, -0.3, 32, device=DEVICE)
     results = []
     for module, options in ((prefill, {}), *((hopper, dict(options=hopper.Launch(programs=n))) for n in (7, 0) * 10)):

@@ -30,27 +30,28 @@ SHAPES = {
 HEADS = {"mha": (2, 2), "gqa3": (3, 1), "gqa4": (4, 1), "gqa8": (8, 1), "gqa2x2": (4, 2)}
 
 
-def one_wave(case, budget=None, segment_len=64, tile_size=32):
+def one_wave(case, budget=None, segment_len=64, tile_size=32, num_rankings=None):
     plan = make_plan(
         case.query_lens, case.lens, segment_len=segment_len, tile_size=tile_size,
-        num_kv_heads=case.key_cache.shape[2], max_slots=2**30, budget=budget,
+        num_rankings=num_rankings or case.key_cache.shape[2], max_slots=2**30, budget=budget,
     )  # fmt: skip
     (wave,) = to_device(plan, DEVICE).waves
     return wave
 
 
-def rank(stage, case, wave, num_classes=32):
+def rank(stage, case, wave, num_classes=32, num_rankings=None):
     return stage.rank_keys(
         case.query, case.key_cache, case.block_table, wave.segments, wave.wave.num_slots, num_classes,
-        max_history=wave.wave.max_history, groups=wave.groups,
+        max_history=wave.wave.max_history, groups=wave.groups, num_rankings=num_rankings,
     )  # fmt: skip
 
 
-def attend(stage, case, wave, slots, thresholds, interval=2):
+def attend(stage, case, wave, slots, thresholds, interval=2, num_rankings=None):
     out = torch.full_like(case.query, float("nan"))
     pairs = stage.attend(
         case.query, case.key_cache, case.value_cache, case.block_table, wave.segments, wave.tiles, slots,
         thresholds, out, scale=case.scale, key_block=16, stop_interval=interval, tile_size=32,
+        num_rankings=num_rankings,
     )  # fmt: skip
     return out, pairs.long()
 
@@ -64,26 +65,29 @@ def test_columns_of_the_segment_table():
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("ranked", ["kv_head", "query_head"])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_ranking(implementation, shape, heads):
+def test_ranking(implementation, shape, heads, ranked):
     """A permutation of each history in which no key stands a class before a better one."""
-    case = make_case(**SHAPES[shape], num_heads=HEADS[heads][0], num_kv_heads=HEADS[heads][1], head_size=32)
-    wave = one_wave(case)
-    theirs = rank(naive, case, wave)
-    ours = rank(stages(implementation, DEVICE), case, wave)
-    group = HEADS[heads][0] // HEADS[heads][1]
+    num_heads, num_kv_heads = HEADS[heads]
+    case = make_case(**SHAPES[shape], num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=32)
+    num_rankings = S2OParams(ranking=ranked).num_rankings(num_heads, num_kv_heads)
+    wave = one_wave(case, num_rankings=num_rankings)
+    theirs = rank(naive, case, wave, num_rankings=num_rankings)
+    ours = rank(stages(implementation, DEVICE), case, wave, num_rankings=num_rankings)
+    group = num_heads // num_rankings
     for segment in wave.segments.tolist():
         rows = slice(segment[naive.QUERY_ROW], segment[naive.QUERY_ROW] + segment[naive.NUM_QUERIES])
-        for kv_head in range(HEADS[heads][1]):
-            a, b = (naive.ranking_of(x, segment, kv_head) for x in (theirs, ours))
+        for ranking in range(num_rankings):
+            a, b = (naive.ranking_of(x, segment, ranking) for x in (theirs, ours))
             assert torch.equal(a.sort().values, b.sort().values)
             if not len(a):
                 continue
-            queries = case.query[rows, kv_head * group : (kv_head + 1) * group].float().flatten(0, 1)
+            queries = case.query[rows, ranking * group : (ranking + 1) * group].float().flatten(0, 1)
             positions = torch.arange(len(a), device=DEVICE)
             history = naive.slots_of(case.block_table, segment[naive.SEQ], positions, case.key_cache.shape[1])
-            keys = naive.read_rows(case.key_cache, history, kv_head)
+            keys = naive.read_rows(case.key_cache, history, ranking * num_kv_heads // num_rankings)
             by_position = naive.importance_classes(naive.importance(keys, queries), 32)
             by_slot = torch.zeros(int(history.max()) + 1, dtype=torch.int32, device=DEVICE)
             by_slot[history.long()] = by_position

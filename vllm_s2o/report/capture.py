@@ -195,17 +195,18 @@ def run_layer(
     out = torch.empty_like(query)
     total = torch.zeros(num_heads, dtype=torch.int64, device=device)
     tiles: list[Tile] = []
-    for tables in to_device(plan_step([num_tokens], [num_tokens], params, num_kv_heads), device).waves:
+    num_rankings = params.num_rankings(num_heads, num_kv_heads)
+    for tables in to_device(plan_step([num_tokens], [num_tokens], params, num_rankings), device).waves:
         slots, pairs = run_wave(query, key, value, block_table, tables, params, layer.scale, out, thresholds)
         total += pairs.long().sum(0)
         if head is not None:
-            kv_head = head * num_kv_heads // num_heads
-            tiles += _tiles(tables.wave, slots.cpu(), pairs[:, head].tolist(), kv_head)
+            ranking = head * num_rankings // num_heads
+            tiles += _tiles(tables.wave, slots.cpu(), pairs[:, head].tolist(), ranking)
     return out, total, sorted(tiles, key=lambda tile: tile.start) if head is not None else None
 
 
-def _tiles(wave: plan.Wave, slots: torch.Tensor, pairs: list[int], kv_head: int) -> list[Tile]:
-    rankings = [naive.ranking_of(slots, list(segment), kv_head) for segment in wave.segments]
+def _tiles(wave: plan.Wave, slots: torch.Tensor, pairs: list[int], ranking: int) -> list[Tile]:
+    rankings = [naive.ranking_of(slots, list(segment), ranking) for segment in wave.segments]
     found = []
     # Waves have their dense tiles first.
     for tile, visited in sorted(zip(wave.tiles, pairs, strict=True), key=lambda both: both[0].first):

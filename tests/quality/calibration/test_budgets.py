@@ -5,11 +5,14 @@ import itertools
 import numpy
 import pytest
 
+from vllm_s2o.config import ModelTraits, S2OParams
 from vllm_s2o.quality.calibration import search
 from vllm_s2o.quality.calibration.choose import cheapest
 from vllm_s2o.quality.calibration.curves import Curves
 from vllm_s2o.quality.calibration.search import DENSE, Budget, CalibrationError
+from vllm_s2o.quality.calibration.speed import RANKING_COST, ranking_cost
 
+TRAITS = ModelTraits("model", "LlamaForCausalLM", 1, 4, 1, 64)
 VALUES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 
 
@@ -79,7 +82,19 @@ def test_a_density_below_all_is_told_and_one_segment_length_is_enough(lengths):
     """Longer segments visit more of their own keys, whatever the threshold."""
     floors = {256: 0.05, 512: 0.4}
     given = {str(length): [curves((1e-4, 9), (2e-4, 9), floor=floors[length])] for length in lengths}
-    rule, choices = cheapest(Budget(target_density=0.2), given, lengths)
+    params = {str(length): S2OParams(segment_len=length) for length in lengths}
+    rule, choices = cheapest(Budget(target_density=0.2), given, params, TRAITS)
     assert rule == "256" and search.mean_density(choices) <= 0.2
     with pytest.raises(CalibrationError, match=r"^A density of 0\.01 cannot be reached: .* at least 0\.05\d of the "):
-        cheapest(Budget(target_density=0.01), given, lengths)
+        cheapest(Budget(target_density=0.01), given, params, TRAITS)
+
+
+def test_more_rankings_cost_more():
+    """Pairs that shorter segments leave out must be worth the rankings."""
+    given = {name: [curves((1e-4, 9), floor=floor)] for name, floor in (("256", 0.05), ("512", 0.07))}
+    chosen = {}
+    for ranking in ("kv_head", "query_head"):
+        params = {name: S2OParams(segment_len=int(name), ranking=ranking) for name in given}
+        chosen[ranking], _ = cheapest(Budget(max_relative_error=0.02), given, params, TRAITS)
+        assert ranking_cost(params["512"], TRAITS) == RANKING_COST * (1 if ranking == "kv_head" else 4)
+    assert chosen == {"kv_head": "256", "query_head": "512"}

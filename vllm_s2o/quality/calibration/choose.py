@@ -16,7 +16,7 @@ from vllm_s2o.quality.parts import Parts
 from . import file, search
 from .curves import Curves
 from .search import Budget, CalibrationError, Choice
-from .speed import RANKING_COST
+from .speed import ranking_cost
 
 NEAR = 0.8
 """A divergence is close enough to the budget from this share of it on: a run of the model takes a minute."""
@@ -33,12 +33,14 @@ def with_changes(params: S2OParams, **changes: Any) -> S2OParams:
         raise CalibrationError(f"These parameters cannot be used: {error.errors()[0]['msg']}.") from error
 
 
-def cheapest(budget: Budget, curves: dict[str, list[Curves]], segment_lens: Sequence[int]) -> tuple[str, list[Choice]]:
+def cheapest(
+    budget: Budget, curves: dict[str, list[Curves]], params: dict[str, S2OParams], traits: ModelTraits
+) -> tuple[str, list[Choice]]:  # fmt: skip
     """The best segment length's choices: the cheapest at an error, the one that errs least at a density."""
     found, lowest = dict[str, tuple[float, list[Choice]]](), 1.0
     allowed = budget.max_relative_error or 0.0  # of no use where a density is given
-    for rule, length in zip(curves, segment_lens, strict=True):
-        ranking = RANKING_COST * 512 / length
+    for rule in curves:
+        ranking = ranking_cost(params[rule], traits)
         if budget.target_density is not None:
             choices = search.within_density(curves[rule], budget.target_density)
             density = search.mean_density(choices)
@@ -49,7 +51,9 @@ def cheapest(budget: Budget, curves: dict[str, list[Curves]], segment_lens: Sequ
             choices = [search.within_error(layer, allowed) for layer in curves[rule]]
             found[rule] = search.mean_density(choices) + ranking, choices
     if not found:
-        raise CalibrationError(search.unreachable(budget.target_density or 0.0, segment_lens, lowest))
+        raise CalibrationError(
+            search.unreachable(budget.target_density or 0.0, [params[rule].segment_len for rule in curves], lowest)
+        )
     rule = min(found, key=lambda rule: found[rule][0])
     return rule, found[rule][1]
 
@@ -63,10 +67,9 @@ def within_kl(
     What a run measured is kept in `parts` under the config's digest: after an interruption it is not run again.
     """
     model, best = None, None
-    lengths = [params[rule].segment_len for rule in rules]
     error, fits, exceeds = 3e-3, 0.0, math.inf
     for run in range(runs):
-        rule, choices = cheapest(Budget(max_relative_error=error), curves, lengths)
+        rule, choices = cheapest(Budget(max_relative_error=error), curves, params, source.traits)
         kl = 0.0
         if not all(choice.dense for choice in choices):
             config = as_config(source.traits, choices, params[rule], rules[rule].values)

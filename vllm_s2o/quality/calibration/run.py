@@ -134,7 +134,7 @@ def calibrate(
                 prompts[names["choosing"][0]], parts, progress,
             )  # fmt: skip
         else:
-            rule, choices = cheapest(budget, {rule: curves["choosing", rule] for rule in rules}, segment_lens)
+            rule, choices = cheapest(budget, {rule: curves["choosing", rule] for rule in rules}, params, traits)
         held_out = {rule: curves["held-out", rule] for rule in rules}
         found = _found(choices, held_out, rule, params[rule], rules[rule].values, source, min_seq_len, num_tokens, kl)
         _write(out, found, source, base, budget, texts, num_tokens, seed)
@@ -227,7 +227,7 @@ def _found(
     notes = [source.extension] if source.extension else []
     if min_seq_len is None:
         sparse = [choice.density for choice in choices if not choice.dense]
-        estimate = shortest(traits, sum(sparse) / len(sparse), num_tokens, params.segment_len)
+        estimate = shortest(traits, sum(sparse) / len(sparse), num_tokens, params)
         min_seq_len, note = capped(estimate, source.context, params.segment_len)
         notes += [note] if note else []
     return Found(

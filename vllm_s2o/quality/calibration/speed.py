@@ -1,11 +1,11 @@
 """What S2O's parts cost in time, as far as a choice depends on it: figures of an H100 (benchmarks/lab.md)."""
 
-from vllm_s2o.config import ModelTraits
+from vllm_s2o.config import ModelTraits, S2OParams
 
 RANKING_COST = 0.008
 """Of the causal pairs, what the ranking of a long prompt costs at segments of 512: on an H100 a twentieth of the time
 at a tenth of the pairs visited, and half as much again for the spread (benchmarks/lab.md). Twice the segments, twice
-that."""
+that; and with a ranking for each query head as many times that as query heads share keys."""
 
 SPARSE_PAIR = 1.4
 """Time of a visited pair in that of a pair of dense attention: 600 TFLOP/s against 430 on an H100."""
@@ -14,7 +14,13 @@ LAUNCH = 0.4e-3 * 600e12
 """Operations that dense attention would do while S2O's kernels start, of which short prompts are full."""
 
 
-def shortest(traits: ModelTraits, density: float, num_tokens: int, segment_len: int) -> int:
+def ranking_cost(params: S2OParams, traits: ModelTraits) -> float:
+    """Of the causal pairs, what the rankings of a long prompt cost."""
+    rankings = params.num_rankings(traits.num_heads, traits.num_kv_heads) / traits.num_kv_heads
+    return RANKING_COST * 512 / params.segment_len * rankings
+
+
+def shortest(traits: ModelTraits, density: float, num_tokens: int, params: S2OParams) -> int:
     """The shortest prompt, in powers of two, that S2O should take less time for than dense attention on an H100.
 
     A tile visits about as many keys of a short history as of a long one: what is a share of the pairs at `num_tokens`
@@ -23,7 +29,7 @@ def shortest(traits: ModelTraits, density: float, num_tokens: int, segment_len: 
     """
     for exponent in range(10, 20):
         tokens = 2**exponent
-        share = min(1.0, density * num_tokens / tokens) + RANKING_COST * 512 / segment_len
+        share = min(1.0, density * num_tokens / tokens) + ranking_cost(params, traits)
         dense = 2 * traits.num_heads * traits.head_size * tokens**2  # operations: half of the pairs, two products
         if share * SPARSE_PAIR * dense + LAUNCH < dense:
             return tokens
