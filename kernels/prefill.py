@@ -109,7 +109,7 @@ def _tile(
     TILE: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, INTERVAL: tl.constexpr, PRECISION: tl.constexpr,
     CAREFUL: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of query rows of one head."""
+    """One tile of query rows of one head. GROUP heads share keys, RANKED heads a ranking of them."""
     kv_head = head // GROUP
     segment = tl.load(Tiles + tile * 4)
     first = tl.load(Tiles + tile * 4 + 1)

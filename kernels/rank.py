@@ -84,7 +84,8 @@ def _scores(
     stride_block, stride_token, stride_head, stride_dim,
     PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SHARING: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[segments, keys] scores of the keys at some positions of their sequence: `naive.importance`, in bounds."""
+    """[segments, keys] scores of the keys at some positions of their sequence: `naive.importance`, in bounds. SHARING
+    rankings are of the same keys."""
     d = tl.arange(0, BLOCK_D)
     at = (segment[:, None] * num_rankings + ranking) * D + d[None, :]
     pooled = present[:, None] & (d < D)[None, :]

@@ -114,3 +114,15 @@ def check_lengths(starts: list[int], query_lens: list[int], lens: list[int], num
             f"and the {capacity} tokens that its row of block_table holds",
         )
         require(seq_len <= MAX_SEQ_LEN, f"sequence {seq} has length {seq_len}, supported are {MAX_SEQ_LEN}")
+
+
+def longest_ranked(num_rankings: int) -> int:
+    """Tokens of a sequence up to which its rankings' places fit 32 bits."""
+    return min(MAX_SEQ_LEN, (2**31 - 1) // num_rankings)
+
+
+def check_rankings(longest: int, num_rankings: int) -> None:
+    most = longest_ranked(num_rankings)
+    require(
+        longest <= most, f"a sequence has length {longest}, supported are {most} with {num_rankings} rankings of each"
+    )

@@ -11,14 +11,15 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from vllm_s2o.arguments import MAX_ROW_STRIDE, check, check_lengths, check_params, require
+from vllm_s2o.arguments import MAX_ROW_STRIDE, check, check_lengths, check_params, check_rankings, require
 from vllm_s2o.config import S2OParams
-from vllm_s2o.plan import StepPlan, Wave, make_plan
+from vllm_s2o.plan import MAX_PAIRS, StepPlan, Wave, make_plan
 
 Implementation = Literal["auto", "cuda", "triton", "cpu", "naive"]
 
 WORKSPACE_BYTES = 448 * 2**20
-"""Rankings and classes held at one time, at most. With the small tables beside them a step stays below 512 MiB."""
+"""Rankings and classes held at one time, at most, but for those of a single history, which is held whole. With the
+small tables beside them a step stays below 512 MiB."""
 
 MAX_SLOTS = WORKSPACE_BYTES // 5
 """Each entry is an index (int32) and its importance class (uint8)."""
@@ -170,6 +171,7 @@ def most_buffers(num_slots: int, num_segments: int, ranked: tuple[int, int], num
 
     `ranked` as in `DevicePlan.buffers`.
     """
+    num_segments = min(num_segments, max(MAX_PAIRS // ranked[0], 1))  # of one wave
     return _buffers(num_slots, _words(num_segments, 2 * num_slots // ranked[0], ranked, num_classes))
 
 
@@ -387,6 +389,7 @@ def prefill_attention(
     query = query if query.stride(-1) == 1 and query.stride(0) < MAX_ROW_STRIDE else query.contiguous()
     block_table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
     num_rankings = params.num_rankings(query.shape[1], key_cache.shape[2])
+    check_rankings(max(lens, default=0), num_rankings)
     plan = plan_step(query_lens, lens, params, num_rankings, prompt_lens=prompt_lens)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from vllm_s2o import attention, compat, stats
+from vllm_s2o.arguments import longest_ranked
 from vllm_s2o.compat import caches, requests
 from vllm_s2o.config import ResolvedConfig, S2OParams
 from vllm_s2o.metrics import place
@@ -126,11 +127,16 @@ class S2OMetadataBuilder(DENSE_BUILDER):
         ours = [layers[name] for name in layer_names if isinstance(layers[name].impl, S2OImpl)]
         # A draft's layers may be in the target's group. They run in steps of the drafter too, and are not counted.
         self.s2o_layers = [layer for layer in ours if not compat.is_draft_layer(layer.impl, layer)]
-        # One plan for all layers of the group: those that it does not fit are dense.
-        num_heads = max((layer.impl.num_heads for layer in self.s2o_layers), default=kv_cache_spec.num_kv_heads)
+        # One plan for all layers of the group: those that it does not fit are dense, and those that are have no say.
+        able = [layer for layer in self.s2o_layers if compat.layer_problem(layer.impl, layer) is None]
+        num_heads = max((layer.impl.num_heads for layer in able or self.s2o_layers), default=kv_cache_spec.num_kv_heads)
         self.s2o_rankings = self.s2o.params.num_rankings(num_heads, kv_cache_spec.num_kv_heads)
         self.s2o_slots = reserved_slots(vllm_config, self.s2o_rankings, self.s2o)
         problem = compat.engine_problem(vllm_config) or compat.builder_problem(type(self), S2OMetadataBuilder)
+        if problem is None and self.s2o_max_len > (most := longest_ranked(self.s2o_rankings)):
+            problem = (
+                f"max_model_len={self.s2o_max_len} is above {most}, with {self.s2o_rankings} rankings of a history"
+            )
         if device.type == "cuda" and self.s2o_layers and problem is None:
             shape = (kv_cache_spec.block_size, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
             for num_heads in sorted({layer.impl.num_heads for layer in self.s2o_layers}):
@@ -179,13 +185,13 @@ class S2OMetadataBuilder(DENSE_BUILDER):
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
         if fast_build:  # V1, for the steps of a drafter, whose layers are all dense
             return metadata
+        metadata.s2o_common = common_attn_metadata  # another group may have to plan, from a copy of this
+        metadata.s2o_planned = bool(self.num_sparse)
         if self.num_sparse:
             prompts.weigh(self, self.s2o_heads)
             metadata.s2o = self._plan(common_attn_metadata, metadata)
-        else:
-            metadata.s2o_common = common_attn_metadata  # another group may have to plan, from a copy of this
-            if self.s2o_dense is not None:
-                prompts.note_step(self.s2o_dense, sparse_layers=False)
+        elif self.s2o_dense is not None:
+            prompts.note_step(self.s2o_dense, sparse_layers=False)
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata, *args, **kwargs):
@@ -201,7 +207,7 @@ class S2OMetadataBuilder(DENSE_BUILDER):
             return new
         prompts.weigh(self, self.s2o_heads)
         work, common = getattr(metadata, "s2o", None), getattr(metadata, "s2o_common", None)
-        if work is not None:
+        if work is not None and work.plan.plan.num_rankings == self.s2o_rankings:
             dense = tuple(
                 dataclasses.replace(run, metadata=update(run.metadata, blk_table[run.rows], slot_mapping[run.tokens]))
                 for run in work.dense
@@ -209,7 +215,8 @@ class S2OMetadataBuilder(DENSE_BUILDER):
             step = work.step.again(len(self.s2o_layers))
             prompts.expect(step.prompts)
             new.s2o = dataclasses.replace(work, thresholds=self._thresholds(), dense=dense, step=step)
-        elif common is not None:  # the group that the metadata was built for is all dense
+        # With other rankings it needs a plan of its own, as it does where the first group is all dense and has none.
+        elif common is not None and (work is not None or not metadata.s2o_planned):
             own = dataclasses.replace(common, block_table_tensor=blk_table, slot_mapping=slot_mapping)
             new.s2o = self._plan(own, new)
         return new

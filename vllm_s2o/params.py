@@ -49,8 +49,8 @@ class S2OParams(BaseModel):
     ranking: Literal["kv_head", "query_head"] = Field(
         "kv_head",
         description="What has a ranking of its own: each KV head, which its query heads share, or each query head. "
-        "The latter errs less at equal density, most of all beyond a model's context, and takes the ranking's time and "
-        "memory once for each query head.",
+        "The latter errs less at equal density, most of all beyond a model's context, and takes the ranking's time "
+        "once for each of them.",
     )  # fmt: skip
     budget: float | None = Field(
         None, gt=0, le=1, strict=True, allow_inf_nan=False,

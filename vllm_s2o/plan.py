@@ -19,6 +19,9 @@ from typing import NamedTuple
 MAX_TILES = 65535
 """Of one wave: as many rows as a CUDA grid has."""
 
+MAX_PAIRS = 4096
+"""Of one wave: segments times rankings, of which each has a mean, a variance and counts in the workspace's tables."""
+
 WHOLE = 1 << 16
 """What thresholds are divided into."""
 
@@ -73,6 +76,8 @@ class StepPlan:
     seqs: tuple[int, ...]
     """The rows that are attended here."""
     num_seqs: int
+    num_rankings: int
+    """Of each history, for which the waves have room."""
     causal_pairs: tuple[int, ...]
     """Per row of the batch: (query, key) pairs that causality allows; 0 where the row is not attended here."""
 
@@ -199,7 +204,12 @@ def make_plan(
         need = segment.history * num_rankings
         longest = max(longest, need)
         most_tiles = segment.num_queries // tile_size + 2
-        full = used + need > max_slots or (len(batch) + 1) * longest > 2 * max_slots or tiles + most_tiles > MAX_TILES
+        full = (
+            used + need > max_slots
+            or (len(batch) + 1) * longest > 2 * max_slots
+            or (len(batch) + 1) * num_rankings > MAX_PAIRS
+            or tiles + most_tiles > MAX_TILES
+        )
         if batch and full:
             waves.append(_wave(batch, used, tile_size, dense_from, reference_len))
             batch, used, longest, tiles = [], 0, need, 0
@@ -211,7 +221,7 @@ def make_plan(
     pairs = tuple(
         causal_pairs(q, s) if i in attended else 0 for i, (q, s) in enumerate(zip(query_lens, seq_lens, strict=True))
     )
-    return StepPlan(tuple(waves), chosen, len(query_lens), pairs)
+    return StepPlan(tuple(waves), chosen, len(query_lens), num_rankings, pairs)
 
 
 def _wave(

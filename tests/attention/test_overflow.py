@@ -113,6 +113,22 @@ def test_what_the_kernels_do_not_count_is_refused(case):
     }  # fmt: skip
     with pytest.raises(ValueError, match="sequence 0 has length 16777216, supported are 16777215"):
         prefill_attention(**(case.arguments | long), params=PARAMS)
+    # With more than 128 rankings their places exceed 32 bits before a sequence's length does.
+    shape = case.key_cache.shape
+    many = long | {
+        "query": case.query[:1, :1].expand(-1, 260, -1), "seq_lens": torch.full_like(long["seq_lens"], 2**24 - 1),
+        **{name: case.arguments[name][:, :, :1].expand(-1, -1, 130, -1) for name in ("key_cache", "value_cache")},
+    }  # fmt: skip
+    assert many["key_cache"].shape == (*shape[:2], 130, shape[3])
+    with pytest.raises(ValueError, match="has length 16777215, supported are 16519104 with 130 rankings of each"):
+        prefill_attention(**(case.arguments | many), params=PARAMS)
+    with pytest.raises(ValueError, match="supported are 8259552 with 260 rankings"):
+        prefill_attention(**(case.arguments | many), params=PARAMS.model_copy(update={"ranking": "query_head"}))
+
+
+def test_places_of_rankings_fit_32_bits():
+    assert arguments.longest_ranked(8) == arguments.longest_ranked(128) == arguments.MAX_SEQ_LEN
+    assert arguments.longest_ranked(129) * 129 < 2**31 <= (arguments.longest_ranked(129) + 1) * 129
 
 
 def test_a_tiles_pairs_fit_32_bits():

@@ -230,17 +230,20 @@ def test_waves_change_nothing(implementation, monkeypatch):
     torch.testing.assert_close(waves, whole, rtol=1e-5, atol=1e-5)
 
 
-def test_workspace_of_a_large_model_is_bounded():
-    """Llama-3.1-8B at 131,072 tokens, whether in one chunk or beside many shorter prompts."""
-    shape, most = (8, 128), 2**29
+@pytest.mark.parametrize("segment_len", [256, 512])
+@pytest.mark.parametrize("rankings", [8, 32, 128])
+def test_workspace_of_a_large_model_is_bounded(rankings, segment_len):
+    """Llama-3.1-8B at 131,072 tokens, in one chunk or beside many shorter prompts, and models with more heads."""
+    shape, most = (rankings, 128), 2**29
+    params = S2OParams(segment_len=segment_len)
     for tokens in (131072, 8192):
-        slots = workspace_slots(131072, tokens, 512, 8, attention.MAX_SLOTS)
-        bound = attention.most_buffers(slots, most_segments(tokens, 512, 256), shape, 32)
+        slots = workspace_slots(131072, tokens, segment_len, rankings, attention.MAX_SLOTS)
+        bound = attention.most_buffers(slots, most_segments(tokens, segment_len, 256), shape, 32)
         assert size_of(bound) <= most
         rows = [[tokens], [tokens // 2] + [256] * (tokens // 512)]
         for query_lens in rows:
             seq_lens = [131072, *[4096] * (len(query_lens) - 1)]
-            plan = attention.plan_step(query_lens, seq_lens, S2OParams(), 8, max_slots=slots)
+            plan = attention.plan_step(query_lens, seq_lens, params, rankings, max_slots=slots)
             used = attention.to_device(plan, torch.device("cpu")).buffers(shape, 32)
             assert all(u[0][0] <= b[0][0] for u, b in zip(used, bound, strict=True))
 
@@ -252,6 +255,7 @@ def size_of(buffers):
 WARM = {
     "default": S2OParams(),
     "thresholds of all ranks": S2OParams(dense_tail=0, threshold=(0.1,) * 8),
+    "a ranking for each query head": S2OParams(ranking="query_head"),
 }
 
 

@@ -51,8 +51,9 @@ def start(models, told):
     """Layers of a model and their metadata builder, as vLLM makes them."""
 
     def start(
-        s2o=EXACT, *, dense=False, dtype="float32", layers=({},), num_heads=tiny.NUM_HEADS, proposed=None, **changes
-    ):
+        s2o=EXACT, *, dense=False, dtype="float32", layers=({},), num_heads=tiny.NUM_HEADS, num_kv_heads=None,
+        proposed=None, **changes,
+    ):  # fmt: skip
         """A layer may have a `name`, a `tag` under which vLLM loads it, and a `mark`; drafts are `proposed` tokens."""
         config = tiny.vllm_config(models[dtype], None if dense else "CUSTOM", **s2o)
         if proposed is not None:
@@ -67,7 +68,7 @@ def start(models, told):
                 tag, mark = special.pop("tag", None), special.pop("mark", False)
                 with set_model_tag(tag) if tag else nullcontext():
                     layer = Attention(
-                        num_heads, tiny.HEAD_SIZE, tiny.HEAD_SIZE**-0.5, num_kv_heads=num_heads // 2,
+                        num_heads, tiny.HEAD_SIZE, tiny.HEAD_SIZE**-0.5, num_kv_heads=num_kv_heads or num_heads // 2,
                         cache_config=config.cache_config, prefix=name, **special,
                     )  # fmt: skip
                 layer.is_draft_layer = mark

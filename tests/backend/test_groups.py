@@ -1,10 +1,13 @@
 """Metadata that vLLM copies to another cache group."""
 
 import pytest
+import tiny
 import torch
-from batch import ALL_DENSE, LONG, QUERY_LENS, Batch
+from batch import ALL_DENSE, LONG, QUERY_LENS, SHORT, Batch, rows_of
 from cases import error_bar
 from vllm.platforms import current_platform
+
+from vllm_s2o import prefill_attention
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="these batches are small enough for a CPU only")
 
@@ -58,6 +61,27 @@ def test_another_group_plans_where_the_first_is_all_dense(start, finished, other
     # A graph must hold no plan, in whichever group.
     captured = first.builder.build_for_cudagraph_capture(batch.common)
     assert second.builder.update_block_table(captured, other.table, other.slots).s2o is None
+
+
+def test_another_group_with_other_query_heads_plans_for_its_rankings(start, finished, other_group):
+    """The groups' caches are alike, and so their metadata may be: what differs is how many rankings a history has."""
+    ranked = {**SHORT, "threshold": 0.25, "ranking": "query_head"}
+    first, second = start(ranked), start(ranked, num_heads=tiny.NUM_HEADS // 2, num_kv_heads=tiny.NUM_KV_HEADS)
+    assert (first.builder.s2o_rankings, second.builder.s2o_rankings) == (4, 2)
+    batch = Batch(first.layers[0])
+    other = Batch(first.layers[0], seed=2)
+    metadata = first.builder.build(0, batch.common)
+    new = second.builder.update_block_table(metadata, other.table, other.slots)
+    assert [own.s2o.plan.plan.num_rankings for own in (metadata, new)] == [4, 2]
+    assert new.s2o.plan.max_slots == metadata.s2o.plan.max_slots // 2
+    other.query = other.query[:, : tiny.NUM_HEADS // 2].contiguous()
+    (layer,) = second.layers
+    out, case = other.attend(layer, new), other.case(layer, LONG)
+    assert rows_of(out, LONG).equal(prefill_attention(**case.arguments, params=layer.impl.s2o_params))
+    assert finished == [new.s2o.step]
+    short = Batch(first.layers[0], query_lens=[1, 20], seq_lens=[300, 20])
+    dense = first.builder.build(0, short.common)
+    assert dense.s2o is None and second.builder.update_block_table(dense, short.table, short.slots).s2o is None
 
 
 def test_another_group_that_is_all_dense_has_no_plan(start, finished, other_group):

@@ -61,6 +61,13 @@ def test_layers_that_have_a_ranking_for_each_query_head(start, finished):
     assert layer.impl.s2o_params is None
 
 
+def test_places_of_rankings_that_exceed_32_bits(start, told, monkeypatch):
+    monkeypatch.setattr(backend, "longest_ranked", lambda rankings: 1000 // rankings)
+    sparse = start({**EXACT, "ranking": "query_head"})
+    assert sparse.layers[0].impl.s2o_params is None
+    assert "s2o: dense: max_model_len=1024 is above 250, with 4 rankings of a history (layers 0)" in told
+
+
 NAMELESS = {"name": "model.blocks.1.part.2.attn"}
 
 

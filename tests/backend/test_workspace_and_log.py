@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from batch import Batch
+from batch import EXACT, Batch
 from vllm.platforms import current_platform
 
 from vllm_s2o import attention, compat
@@ -15,17 +15,19 @@ pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="these bat
 # -- the workspace ----------------------------------------------------------------------------------------------------
 
 
-def test_profiling_reserves_what_no_plan_exceeds(start, monkeypatch, finished):
+@pytest.mark.parametrize("ranking", ["kv_head", "query_head"])
+def test_profiling_reserves_what_no_plan_exceeds(start, monkeypatch, finished, ranking):
     asked = []
     monkeypatch.setattr(compat, "reserve_workspace", lambda *buffers: asked.append(buffers))
-    sparse = start(max_num_batched_tokens=512)
+    sparse = start({**EXACT, "ranking": ranking}, max_num_batched_tokens=512)
+    rankings = tiny.NUM_KV_HEADS if ranking == "kv_head" else tiny.NUM_HEADS
     batch = Batch(sparse.layers[0])
     batch.attend(sparse.layers[0], None)
     (profiled,) = asked
     assert [buffer[1] for buffer in profiled] == [torch.int32, torch.uint8, torch.int32]
     assert profiled[0][0] == profiled[1][0] == (sparse.builder.s2o_slots,)
-    # The longest history for each KV head, times the segments that a step's tokens can fall into.
-    assert sparse.builder.s2o_slots == 1024 * tiny.NUM_KV_HEADS * (512 // 64 + 2)
+    # The longest history for each ranking, times the segments that a step's tokens can fall into.
+    assert sparse.builder.s2o_slots == 1024 * rankings * (512 // 64 + 2)
     batch.attend(sparse.layers[0], sparse.builder.build(0, batch.common))
     for used, most in zip(asked[1], profiled, strict=True):
         assert 0 < used[0][0] <= most[0][0]

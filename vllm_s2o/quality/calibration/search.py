@@ -1,6 +1,7 @@
 """Thresholds that meet a budget, from curves of error and density.
 
-A threshold is chosen for each KV head: the query heads that share keys share a ranking, and what it misses. At a price
+A threshold is chosen for each KV head, also where its query heads have rankings of their own: a third or a quarter as
+many choices, whose error is the mean over the heads. At a price
 of density each head takes the threshold where error + price x density is least; one price for all heads that share a
 budget spends the density where it saves most error. A budget is met by searching the price.
 """
