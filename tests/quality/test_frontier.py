@@ -189,7 +189,7 @@ def test_each_of_the_last_tiles_is_looked_at_equally_often():
     """A dense end is one of them, and its share of the pairs is that of all tiles."""
     last = [
         module.looked_at(8192, 8, text, layer, layer + 30 * place)[-1]
-        for place, text in enumerate(module.SOURCES) for layer in range(30)
+        for place, text in enumerate(module.REAL) for layer in range(30)
     ]  # fmt: skip
     assert {tile: last.count(tile) for tile in last} == dict.fromkeys(range(56, 64), 15)
     assert module.looked_at(8192, 1, "code", 0, 0) is None
@@ -198,7 +198,7 @@ def test_each_of_the_last_tiles_is_looked_at_equally_often():
 
 def test_the_parts_of_a_text_are_different(checkpoint):
     source = open_model(checkpoint, TOKENS)
-    for text in module.SOURCES:
+    for text in module.REAL:
         chosen, held_out = (source.prompt(text, TOKENS, split) for split in module.SPLITS)
         assert chosen != held_out
 

@@ -1,6 +1,7 @@
 """Texts: the same each time, as long as asked for, and one sentence where there is none."""
 
 import itertools
+import re
 import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_s2o.quality import text
+from vllm_s2o.quality.tasks import haystack
 
 
 def letters(given: str, verbose: bool = True) -> SimpleNamespace:
@@ -71,6 +73,18 @@ def test_tables_have_whole_rows_and_go_on_in_unicode():
     points = [line for piece in tabular for line in piece.splitlines() if line.startswith("U+")]
     assert points[0] == "U+0020,SPACE,Zs,WS," and len(points) == len(set(points)) == 40 * text.UNICODE_ROWS
     assert "U+00BD,VULGAR FRACTION ONE HALF,No,ON,0.5" in points
+
+
+@pytest.mark.parametrize("split", text.SPLITS)
+def test_needles_are_asked_for_after_they_were_hidden_in_the_same_part(split):
+    said = "".join(itertools.islice(text.pieces("needles", split), 200))
+    hidden = {found[1]: found for found in re.finditer(r"The number of (\w+) is (\d{7})\.", said)}
+    asked = list(re.finditer(r"What is the number of (\w+)\? It is (\d{7})\.", said))
+    assert len(hidden) == len(asked) == 200
+    assert all(hidden[found[1]][2] == found[2] and hidden[found[1]].start() < found.start() for found in asked)
+    far = [found.start() - hidden[found[1]].start() for found in asked]
+    assert min(far) < 500 and max(far) > len(said) / 2
+    assert text.HAY != haystack.NOISE and said.count(text.HAY) > 400
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -10,7 +10,7 @@ import click
 from vllm_s2o import settings
 from vllm_s2o.config import ConfigError, ModelTraits, ResolvedConfig, load_file
 
-TEXTS = "code, prose, dialogue, tables, or a UTF-8 file; repeatable. [default: code and prose]"
+TEXTS = "code, prose, dialogue, tables, needles, or a UTF-8 file; repeatable. [default: code and prose]"
 
 
 class JsonObject(click.ParamType):

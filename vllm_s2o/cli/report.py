@@ -31,7 +31,7 @@ FOR_A_MODEL = ("prompt", "text", "layer", "head", "tokens", "file", "additional"
 @click.argument("model", metavar="[MODEL]", required=False)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE", help="To write.")
 @click.option("--prompt", type=click.Path(path_type=Path), metavar="FILE", help="The prompt: a UTF-8 file, as it is.")
-@click.option("--text", metavar="TEXT", help="Or code, prose, dialogue, tables. [default: code]")
+@click.option("--text", metavar="TEXT", help="Or code, prose, dialogue, tables, needles. [default: code]")
 @click.option("--tokens", type=click.IntRange(2), help=f"Its first ones. [default: all of FILE, {TOKENS} of TEXT]")
 @click.option("--layer", type=int, metavar="N", help="To draw. [default: the middle one of the sparse layers]")
 @click.option("--head", type=int, metavar="N", help="To draw: a query head. [default: 0]")

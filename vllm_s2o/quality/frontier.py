@@ -29,7 +29,7 @@ from .journal import JournalError
 from .parts import Parts, as_lists
 from .selection import S2O, Rule, method
 from .sweep import FIGURES, sweep
-from .text import SOURCES, SPLITS
+from .text import REAL, SOURCES, SPLITS
 
 METHODS = (
     "s2o_256_first1", "s2o_256_first1_tail64_ref8192", "s2o_256", "s2o_512", "s2o_512_tail128_ref8192",
@@ -160,7 +160,7 @@ def frontier(
     *,
     num_tokens: int = 8192,
     layers: Sequence[int] | None = None,
-    texts: Sequence[str] = SOURCES,
+    texts: Sequence[str] = REAL,
     split: str = "held-out",
     methods: Sequence[str] = METHODS,
     every: int = 1,
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="length of each prompt (default 8192)")
     parser.add_argument("--layers", nargs="+", default=[ALL], help="indices of layers, or all (default)")
     parser.add_argument(
-        "--texts", nargs="+", default=SOURCES, help=f"{', '.join(SOURCES)}, or UTF-8 files (default: all)"
+        "--texts", nargs="+", default=REAL, help=f"{', '.join(SOURCES)}, or UTF-8 files (default: {' '.join(REAL)})"
     )
     parser.add_argument("--split", choices=SPLITS, default="held-out", help="part of each text (default held-out)")
     parser.add_argument("--methods", nargs="+", default=METHODS, help=f"default: {' '.join(METHODS)}")

@@ -4,9 +4,11 @@
     prose     the language reference that help() shows, then the standard library's docstrings
     dialogue  questions about the standard library's functions, answered from their docstrings and signatures
     tables    the standard library's functions in one table for each module, rows of Unicode's tables between them
+    needles   numbers hidden between the same sentences over and over, and questions about them, answered
 
-The words of all four are real, but nobody spoke the dialogue or typeset the tables: these are put together, always in
-the same way. All are the same on every machine with the same Python. A path names a text of one's own.
+The words of the first four are real, but nobody spoke the dialogue or typeset the tables: these are put together,
+always in the same way. The fifth is made up: what looks for single keys among a thousand alike, real text hardly shows.
+All are the same on every machine with the same Python. A path names a text of one's own.
 
 What thresholds are chosen by must not be what they are judged by: a text has a part for each, of its pieces in turn.
 """
@@ -18,9 +20,11 @@ import sysconfig
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
-SOURCES = ("code", "prose", "dialogue", "tables")
+REAL = ("code", "prose", "dialogue", "tables")
+SOURCES = (*REAL, "needles")
 
 SPLITS = ("choosing", "held-out")
 """Parts of a text: no piece is in both, though some short docstrings are written more than once."""
@@ -45,7 +49,7 @@ def pieces(source: str, split: str | None = None) -> Iterator[str]:
     """
     if split not in (None, *SPLITS):
         raise TextError(f"A text has no part {split}: known are {' and '.join(SPLITS)}.")
-    known = {"code": code, "prose": prose, "dialogue": dialogue, "tables": tables}
+    known = {"code": code, "prose": prose, "dialogue": dialogue, "tables": tables, "needles": needles}
     found = known[source]() if source in known else own(Path(source))
     yield from found if split is None else itertools.islice(found, SPLITS.index(split), None, 2)
 
@@ -160,6 +164,24 @@ def tables() -> Iterator[str]:
                 table.append(f"U+{point:04X},{name},{kind},{unicodedata.numeric(char, '')}\n")
             point = (point + 1) % 0x20000  # beyond, names are numbers
         yield "".join(table) + "\n"
+
+
+HAY = "The river is wide. Rain falls on the roofs. A train leaves for the coast. The lamps are lit. Nobody hurries."
+"""Other sentences than those of the tasks (`tasks.haystack`), by which thresholds are judged."""
+
+
+def needles() -> Iterator[str]:
+    """Each piece hides a number, and asks for one that it or an earlier piece of its part of the text has hidden."""
+    rng = Random(0)
+    hidden: list[tuple[str, int]] = []
+    for count in itertools.count():
+        name = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(4))
+        number = rng.randrange(10**6, 10**7)
+        hidden.append((name, number))
+        asked, answer = hidden[rng.randrange(count % 2, count + 1, 2)]
+        hay = [HAY] * rng.randint(1, 6)
+        hay.insert(rng.randint(0, len(hay)), f"The number of {name} is {number}.")
+        yield f"{' '.join(hay)}\n\nWhat is the number of {asked}? It is {answer}.\n\n"
 
 
 def own(path: Path) -> Iterator[str]:
