@@ -400,6 +400,25 @@ def test_a_flag_without_an_effect_is_warned_of(max_model_len, warned, monkeypatc
     assert len([line for line in lines if "no effect: min_seq_len=8192" in line]) == warned
 
 
+@pytest.mark.parametrize("max_model_len, warned", [(8192, 0), (32768, 1)])
+def test_prompts_beyond_a_searched_length_are_warned_of(max_model_len, warned, monkeypatch, tmp_path):
+    lines = []
+    monkeypatch.setattr(compat.logger(), "warning", lambda line, *values: lines.append(line % values))
+    searched = tmp_path / "searched.yaml"
+    searched.write_text("provenance: {calibrated: true, calibration: {tokens: 8192}}\n")
+    given = config()
+    given.additional_config = {"s2o": str(searched)}
+    given.model_config.max_model_len = max_model_len
+    plugin.check(given)
+    said = (
+        f"s2o: {searched} was searched at 8192 tokens, and prompts may have 32768: `vllm-s2o evaluate --tokens 32768`"
+    )
+    assert len([line for line in lines if line.startswith(said)]) == warned
+    given.additional_config = None  # values of no search
+    plugin.check(given)
+    assert len([line for line in lines if "searched" in line]) == warned
+
+
 def test_a_draft_model_does_not_answer_for_the_models_overrides():
     """vLLM checks the configuration of a draft model too, with the same options."""
     given = config()

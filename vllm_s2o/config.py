@@ -133,6 +133,16 @@ class ResolvedConfig:
             f"no effect: min_seq_len={self.min_seq_len} is above the longest sequence, --max-model-len {max_model_len}."
         )
 
+    def beyond(self, max_model_len: int) -> str | None:
+        """That prompts may be longer than those that the values were searched on, or None."""
+        searched = (self.file.provenance.calibration or {}).get("tokens") if self.calibrated else None
+        if not isinstance(searched, int) or searched >= max_model_len:
+            return None
+        return (
+            f"{self.source} was searched at {searched} tokens, and prompts may have {max_model_len}: "
+            f"`vllm-s2o evaluate --tokens {max_model_len}` tells what it costs there."
+        )
+
     def digest(self) -> str:
         """Short hash of everything that changes results, and of nothing else."""
         layers = [self.params, *(self.layer(i) for i in range(self.traits.num_layers))]

@@ -56,9 +56,10 @@ def check(vllm_config) -> None:
     except ConfigError as error:
         compat.stop(str(error))
     logger = compat.logger()
-    useless = config.no_effect(model_config.max_model_len)
-    if useless is not None:
-        logger.warning("s2o: %s", useless)
+    longest = model_config.max_model_len
+    for doubt in (config.no_effect(longest), config.beyond(longest)):
+        if doubt is not None:
+            logger.warning("s2o: %s", doubt)
     unseen = requests.unseen_steps(vllm_config)
     if unseen is not None:
         logger.warning("s2o: no switch, no dense requests, and figures without requests: %s.", unseen)

@@ -367,6 +367,14 @@ def test_serving_without_an_effect_is_a_warning(doctor, smollm2):
         assert found["level"] == "warning" and words in found["value"] and found["advice"]
 
 
+def test_serving_longer_prompts_than_were_searched_on_is_a_warning(doctor, smollm2):
+    ended = doctor(smollm2, "--json", answer=replace(FINE, max_model_len=32768))
+    found = finding(ended.document, "reach")
+    assert (ended.status, found["level"]) == (0, "warning") and "calibrate at this length" in found["advice"]
+    assert "smollm2-135m-instruct.yaml was searched at 8192 tokens, and prompts may have 32768" in found["value"]
+    assert "reach" not in {found["name"] for found in doctor(smollm2, "--json", answer=FINE).document["findings"]}
+
+
 @pytest.mark.parametrize(
     "numbers, text", [([], ""), ([3], "3"), ([0, 1, 2], "0-2"), ([0, 2, 3, 4, 9], "0,2-4,9")], ids=str
 )

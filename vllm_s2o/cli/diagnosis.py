@@ -129,6 +129,10 @@ class _Subject:
         if useless is not None:
             advice = "lower min_seq_len, or serve without the flag."
             found.append(Finding("model", "reach", useless, "warning", advice))
+        beyond = self.config.beyond(longest) if longest else None
+        if beyond is not None:
+            advice = "where that is too much, calibrate at this length, or take a smaller threshold."
+            found.append(Finding("model", "reach", beyond, "warning", advice))
         return found + self._layers()
 
     def _serving(self, answer: Answer) -> list[Finding]:
