@@ -20,6 +20,7 @@ PROVIDERS = {
     "s2o_budget_10_query_head": [*FLAG, "--additional-config", '{"s2o": {"budget": 0.1, "ranking": "query_head"}}'],
     "flash_attn": ["--attention-backend", "FLASH_ATTN"],
 }
+DEFAULT = ("s2o", "s2o_budget_10", "flash_attn")
 CPU = {"VLLM_CPU_KVCACHE_SPACE": "2"}
 START_SECONDS = 400
 

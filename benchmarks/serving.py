@@ -39,7 +39,7 @@ from latency import ALSO, latency
 from needles import needles
 from offline import offline
 from record import Record
-from servers import PROVIDERS, SHAPES, whole
+from servers import DEFAULT, PROVIDERS, SHAPES, whole
 
 from vllm_s2o.cli.environment import describe
 
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     speed = argparse.ArgumentParser(add_help=False)
     speed.add_argument("--tokens", type=whole, nargs="+", help=f"lengths of long prompts (default: {TOKENS})")
     speed.add_argument("--shape", choices=SHAPES, help="random weights of this shape")
-    speed.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    speed.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(DEFAULT))
     speed.add_argument("--add", action="store_true", help="keep what the results file holds of other runs")
     speed.add_argument("--table", type=Path, metavar="CSV", help="also write a row per run there")
 

@@ -400,6 +400,9 @@ def test_a_flag_without_an_effect_is_warned_of(max_model_len, warned, monkeypatc
     assert len([line for line in lines if "no effect: min_seq_len=8192" in line]) == warned
 
 
+NOT_SEARCHED = ({"threshold": 0.003}, {"budget": 0.5}, {"min_seq_len": 50000})
+
+
 @pytest.mark.parametrize("max_model_len, warned", [(8192, 0), (32768, 1)])
 def test_prompts_beyond_a_searched_length_are_warned_of(max_model_len, warned, monkeypatch, tmp_path):
     lines = []
@@ -410,12 +413,11 @@ def test_prompts_beyond_a_searched_length_are_warned_of(max_model_len, warned, m
     given.additional_config = {"s2o": str(searched)}
     given.model_config.max_model_len = max_model_len
     plugin.check(given)
-    said = (
-        f"s2o: {searched} was searched at 8192 tokens, and prompts may have 32768: `vllm-s2o evaluate --tokens 32768`"
-    )
+    said = f"s2o: {searched} was searched at 8192 tokens, and prompts may have 32768: `vllm-s2o evaluate MODEL --tokens"
     assert len([line for line in lines if line.startswith(said)]) == warned
-    given.additional_config = None  # values of no search
-    plugin.check(given)
+    more = [None, *({"s2o": {"config": str(searched), **fields}} for fields in NOT_SEARCHED)]
+    for given.additional_config in more:
+        plugin.check(given)
     assert len([line for line in lines if "searched" in line]) == warned
 
 

@@ -19,7 +19,7 @@ Implementation = Literal["auto", "cuda", "triton", "cpu", "naive"]
 
 WORKSPACE_BYTES = 448 * 2**20
 """Rankings and classes held at one time, at most, but for those of a single history, which is held whole. With the
-small tables beside them a step stays below 512 MiB."""
+small tables beside them, of 32 classes, a step stays below 512 MiB."""
 
 MAX_SLOTS = WORKSPACE_BYTES // 5
 """Each entry is an index (int32) and its importance class (uint8)."""
@@ -206,6 +206,8 @@ def run(
     num_heads = query.shape[1]
     if thresholds is None:
         (thresholds,) = device_thresholds([(params, num_heads)], query.device)
+    num_rankings = params.num_rankings(num_heads, key_cache.shape[2])
+    assert plan.plan.num_rankings == num_rankings, f"planned for {plan.plan.num_rankings} rankings, not {num_rankings}"
     visited = torch.zeros(plan.plan.num_seqs, num_heads, dtype=torch.int64, device=query.device)
     for tables in plan.waves:
         done = run_wave(

@@ -127,9 +127,8 @@ class S2OMetadataBuilder(DENSE_BUILDER):
         ours = [layers[name] for name in layer_names if isinstance(layers[name].impl, S2OImpl)]
         # A draft's layers may be in the target's group. They run in steps of the drafter too, and are not counted.
         self.s2o_layers = [layer for layer in ours if not compat.is_draft_layer(layer.impl, layer)]
-        # One plan for all layers of the group: those that it does not fit are dense, and those that are have no say.
-        able = [layer for layer in self.s2o_layers if compat.layer_problem(layer.impl, layer) is None]
-        num_heads = max((layer.impl.num_heads for layer in able or self.s2o_layers), default=kv_cache_spec.num_kv_heads)
+        # One plan for all layers of the group, which vLLM makes of layers with as many heads; any other one is dense.
+        num_heads = max((layer.impl.num_heads for layer in self.s2o_layers), default=kv_cache_spec.num_kv_heads)
         self.s2o_rankings = self.s2o.params.num_rankings(num_heads, kv_cache_spec.num_kv_heads)
         self.s2o_slots = reserved_slots(vllm_config, self.s2o_rankings, self.s2o)
         problem = compat.engine_problem(vllm_config) or compat.builder_problem(type(self), S2OMetadataBuilder)
@@ -320,6 +319,7 @@ class S2OImpl(DENSE_IMPL):
         if not self.s2o_draft:
             config = resolve(vllm_config)
             num_rankings = config.params.num_rankings(self.num_heads, self.num_kv_heads)
+        if not self.s2o_draft and vllm_config.model_config.max_model_len <= longest_ranked(num_rankings):
             self._s2o_most = attention.most_buffers(
                 reserved_slots(vllm_config, num_rankings, config),
                 most_segments(

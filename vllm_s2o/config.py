@@ -134,13 +134,15 @@ class ResolvedConfig:
         )
 
     def beyond(self, max_model_len: int) -> str | None:
-        """That prompts may be longer than those that the values were searched on, or None."""
+        """That prompts may be longer than those that the values were searched on, or None: also where no searched value
+        is left, or no prompt is sparse."""
         searched = (self.file.provenance.calibration or {}).get("tokens") if self.calibrated else None
-        if not isinstance(searched, int) or searched >= max_model_len:
+        given = self.params.budget is not None or ADDITIONAL in self.origins.get("params.threshold", "")
+        if not isinstance(searched, int) or searched >= max_model_len or given or self.no_effect(max_model_len):
             return None
         return (
             f"{self.source} was searched at {searched} tokens, and prompts may have {max_model_len}: "
-            f"`vllm-s2o evaluate --tokens {max_model_len}` tells what it costs there."
+            f"`vllm-s2o evaluate MODEL --tokens {max_model_len} --text code --text needles` tells what it costs there."
         )
 
     def digest(self) -> str:

@@ -63,7 +63,7 @@ def test_another_group_plans_where_the_first_is_all_dense(start, finished, other
     assert second.builder.update_block_table(captured, other.table, other.slots).s2o is None
 
 
-def test_another_group_with_other_query_heads_plans_for_its_rankings(start, finished, other_group):
+def test_another_group_with_other_query_heads_plans_for_its_rankings(start, finished, other_group, monkeypatch):
     """The groups' caches are alike, and so their metadata may be: what differs is how many rankings a history has."""
     ranked = {**SHORT, "threshold": 0.25, "ranking": "query_head"}
     first, second = start(ranked), start(ranked, num_heads=tiny.NUM_HEADS // 2, num_kv_heads=tiny.NUM_KV_HEADS)
@@ -81,6 +81,7 @@ def test_another_group_with_other_query_heads_plans_for_its_rankings(start, fini
     assert finished == [new.s2o.step]
     short = Batch(first.layers[0], query_lens=[1, 20], seq_lens=[300, 20])
     dense = first.builder.build(0, short.common)
+    monkeypatch.setattr(type(second.builder), "_plan", lambda *_: pytest.fail("looked at again"))
     assert dense.s2o is None and second.builder.update_block_table(dense, short.table, short.slots).s2o is None
 
 

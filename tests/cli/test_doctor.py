@@ -369,10 +369,10 @@ def test_serving_without_an_effect_is_a_warning(doctor, smollm2):
 
 def test_serving_longer_prompts_than_were_searched_on_is_a_warning(doctor, smollm2):
     ended = doctor(smollm2, "--json", answer=replace(FINE, max_model_len=32768))
-    found = finding(ended.document, "reach")
+    found = finding(ended.document, "length")
     assert (ended.status, found["level"]) == (0, "warning") and "calibrate at this length" in found["advice"]
     assert "smollm2-135m-instruct.yaml was searched at 8192 tokens, and prompts may have 32768" in found["value"]
-    assert "reach" not in {found["name"] for found in doctor(smollm2, "--json", answer=FINE).document["findings"]}
+    assert "length" not in {found["name"] for found in doctor(smollm2, "--json", answer=FINE).document["findings"]}
 
 
 @pytest.mark.parametrize(

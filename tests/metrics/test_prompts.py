@@ -362,6 +362,7 @@ def test_rows_that_are_not_known_count_as_tokens(prompts):
     owners = prompts.rows(Common(), [50, 80])
     assert owners == [None, None]
     prompts.note_sparse([None], [80])
+    prompts.note_sparse([None], [80])  # another group of layers, of the same rows
     assert prompts.expect([None]) == [None]
     prompts.note_step(SHORT)
     prompts.end()

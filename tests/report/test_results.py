@@ -11,7 +11,7 @@ from processes import ROOT
 
 from vllm_s2o.quality import frontier
 from vllm_s2o.quality.tasks import table as tasks
-from vllm_s2o.report import bench, results
+from vllm_s2o.report import bench, results, words
 
 ATTENTION = {
     "gpu": "H100", "torch": "2", "triton": "3", "vllm": "0.32", "date": "2026-01-01", "commit": "abc",
@@ -184,3 +184,14 @@ def test_refusals_of_files(tmp_path):
     (tmp_path / "attention.csv").write_text(",".join(ATTENTION) + "\nH100\n")
     with pytest.raises(results.ResultsError, match="row 1, is shorter than the line of names"):
         results.read(tmp_path)
+
+
+def test_names_of_providers():
+    """Each its own, and S2O's rankings told apart."""
+    said = {provider: words.name_of(provider) for provider in (*bench_modules.servers.PROVIDERS, "s2o_budget_2")}
+    assert said == {
+        "s2o": "S2O", "s2o_budget_10": "S2O, 10 % budget", "flash_attn": "dense (FLASH_ATTN)",
+        "s2o_budget_10_query_head": "S2O, 10 % budget, a ranking per query head", "s2o_budget_2": "S2O, 2 % budget",
+    }  # fmt: skip
+    assert len({words.look_of(provider) for provider in bench_modules.servers.PROVIDERS}) == 3
+    assert set(bench_modules.servers.DEFAULT) == set(bench_modules.servers.PROVIDERS) - {"s2o_budget_10_query_head"}

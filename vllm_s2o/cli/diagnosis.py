@@ -132,7 +132,7 @@ class _Subject:
         beyond = self.config.beyond(longest) if longest else None
         if beyond is not None:
             advice = "where that is too much, calibrate at this length, or take a smaller threshold."
-            found.append(Finding("model", "reach", beyond, "warning", advice))
+            found.append(Finding("model", "length", beyond, "warning", advice))
         return found + self._layers()
 
     def _serving(self, answer: Answer) -> list[Finding]:

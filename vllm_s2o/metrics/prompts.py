@@ -103,11 +103,13 @@ class Prompts:
     def note_sparse(self, prompts: Iterable[Prompt | None], query_lens: Iterable[int]) -> None:
         if self._step is None:
             return
+        unnamed = 0
         for prompt, tokens in zip(prompts, query_lens, strict=True):
             if prompt is None:
-                self._step.unnamed += tokens
+                unnamed += tokens
             else:
                 self._step.paths[prompt.request_id] = None
+        self._step.unnamed = max(self._step.unnamed, unnamed)  # each group of layers that plans tells of the same rows
 
     def note_dense(self, prompt: Prompt | None, reason: str) -> None:
         """Of a row. Where several groups of layers tell of it, one that makes it sparse counts."""

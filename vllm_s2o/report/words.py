@@ -22,11 +22,15 @@ def conditions(rows: Sequence[Row], names: Iterable[str]) -> str:
 
 
 def name_of(provider: str) -> str:
-    budget = provider.removeprefix("s2o_budget_")
-    return f"S2O, {budget} % budget" if budget != provider else NAMES.get(provider, provider)
+    budget, _, ranked = provider.removeprefix("s2o_budget_").partition("_")
+    if not budget.isdecimal():
+        return NAMES.get(provider, provider)
+    return f"S2O, {budget} % budget" + (", a ranking per query head" if ranked == "query_head" else "")
 
 
 def look_of(provider: str) -> int:
+    if provider.endswith("_query_head"):
+        return 3
     return 0 if provider.startswith("s2o") else LOOK_OF.get(provider, 8)
 
 
