@@ -25,7 +25,7 @@ class S2O:
         plan = attention.plan_step([problem.num_tokens], [problem.num_tokens], self.params, self.num_rankings)
         device = problem.query.device
         self.plan = attention.to_device(plan, device)
-        buffers = self.plan.buffers((self.num_rankings, shape.head_size), self.params.num_classes)
+        buffers = self.plan.buffers(shape.head_size, self.params.num_classes)
         self.workspace = attention.allocate(buffers, device)
         (self.thresholds,) = attention.device_thresholds([(self.params, shape.num_heads)], device)
         self.out = torch.empty_like(problem.query, dtype=problem.value.dtype)

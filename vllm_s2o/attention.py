@@ -58,10 +58,12 @@ class DevicePlan:
         """The longest list of slots that a wave needs."""
         return max((tables.wave.num_slots for tables in self.waves), default=0)
 
-    def buffers(self, ranked: tuple[int, int], num_classes: int) -> "Buffers":
-        """Workspace of the step; ranked: (num_rankings, head_size)."""
+    def buffers(self, head_size: int, num_classes: int) -> "Buffers":
+        """Workspace of the step."""
         sizes = [(len(tables.wave.segments), tables.wave.max_history) for tables in self.waves]
-        words = [_words(count, count * longest, ranked, num_classes) for count, longest in sizes]
+        words = [
+            _words(count, count * longest, (self.plan.num_rankings, head_size), num_classes) for count, longest in sizes
+        ]
         return _buffers(self.max_slots, max(words, default=0))
 
 
@@ -167,10 +169,8 @@ def _words(num_segments: int, total_history: int, ranked: tuple[int, int], num_c
 
 
 def most_buffers(num_slots: int, num_segments: int, ranked: tuple[int, int], num_classes: int) -> Buffers:
-    """What no step exceeds whose waves hold `num_slots` entries and which has `num_segments` segments, at most.
-
-    `ranked` as in `DevicePlan.buffers`.
-    """
+    """What no step exceeds whose waves hold `num_slots` entries and which has `num_segments` segments, at most;
+    ranked: (num_rankings, head_size)."""
     num_segments = min(num_segments, max(MAX_PAIRS // ranked[0], 1))  # of one wave
     return _buffers(num_slots, _words(num_segments, 2 * num_slots // ranked[0], ranked, num_classes))
 

@@ -316,10 +316,11 @@ class S2OImpl(DENSE_IMPL):
         vllm_config = get_current_vllm_config()
         self.s2o_draft = compat.loads_draft(vllm_config)
         self._s2o_most: attention.Buffers = ()
-        if not self.s2o_draft:
-            config = resolve(vllm_config)
-            num_rankings = config.params.num_rankings(self.num_heads, self.num_kv_heads)
-        if not self.s2o_draft and vllm_config.model_config.max_model_len <= longest_ranked(num_rankings):
+        if self.s2o_draft:
+            return
+        config = resolve(vllm_config)
+        num_rankings = config.params.num_rankings(self.num_heads, self.num_kv_heads)
+        if vllm_config.model_config.max_model_len <= longest_ranked(num_rankings):  # else the layer is dense
             self._s2o_most = attention.most_buffers(
                 reserved_slots(vllm_config, num_rankings, config),
                 most_segments(
@@ -371,8 +372,7 @@ class S2OImpl(DENSE_IMPL):
             new = (None if tensor is None else tensor[rows] for tensor in (key, value))
             super().forward(layer, query[rows], *new, kv_cache, run.metadata, output[rows], *args, **kwargs)
         key_cache, value_cache, block_table = caches.views(layer, self, kv_cache, attn_metadata.block_table)
-        num_rankings = params.num_rankings(self.num_heads, self.num_kv_heads)
-        buffers = work.plan.buffers((num_rankings, self.head_size), params.num_classes)
+        buffers = work.plan.buffers(self.head_size, params.num_classes)
         workspace = compat.reserve_workspace(*buffers)
         clock = work.step.clock(query.device)
         of_logits, of_values = caches.scales(self, layer, query)

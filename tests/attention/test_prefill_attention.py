@@ -244,7 +244,7 @@ def test_workspace_of_a_large_model_is_bounded(rankings, segment_len):
         for query_lens in rows:
             seq_lens = [131072, *[4096] * (len(query_lens) - 1)]
             plan = attention.plan_step(query_lens, seq_lens, params, rankings, max_slots=slots)
-            used = attention.to_device(plan, torch.device("cpu")).buffers(shape, 32)
+            used = attention.to_device(plan, torch.device("cpu")).buffers(128, 32)
             assert all(u[0][0] <= b[0][0] for u, b in zip(used, bound, strict=True))
 
 
