@@ -22,7 +22,7 @@ SOURCES = [pytest.param(name, marks=[pytest.mark.long] * (name in ("dialogue", "
 
 
 def test_code_is_the_standard_library_in_the_order_of_its_paths():
-    names = [name for name, _ in text.library()]
+    names = [name for name, _ in text.standard_library()]
     assert names == sorted(names)
     assert {"argparse.py", "asyncio/events.py", "json/decoder.py"} <= set(names)
     assert not any("site-packages" in name or name.startswith(("test/", "_sysconfigdata")) for name in names)

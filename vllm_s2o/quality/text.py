@@ -55,11 +55,11 @@ def pieces(source: str, split: str | None = None) -> Iterator[str]:
 
 
 def code() -> Iterator[str]:
-    for name, text in library():
+    for name, text in standard_library():
         yield f"# {name}\n{text}\n"
 
 
-def library() -> Iterator[tuple[str, str]]:
+def standard_library() -> Iterator[tuple[str, str]]:
     """Path inside the standard library and source of its modules, sorted by path."""
     root = Path(sysconfig.get_path("stdlib"))
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
@@ -82,7 +82,7 @@ def prose() -> Iterator[str]:
         found = topics
     for name in sorted(found):
         yield found[name].strip() + "\n\n"
-    for _, text in library():
+    for _, text in standard_library():
         yield from (doc + "\n\n" for doc in docstrings(text))
 
 
@@ -135,7 +135,7 @@ ASKED = (
 
 def dialogue() -> Iterator[str]:
     """A conversation for each module that documents its functions."""
-    for path, text in library():
+    for path, text in standard_library():
         turns = [f"User: I have a question about {path}.\n\nAssistant: Go ahead.\n\n"]
         for count, function in enumerate(f for f in functions(text) if f.doc):
             asked = ASKED[count % len(ASKED)].format(name=function.name)
@@ -152,7 +152,7 @@ UNICODE_ROWS = 24
 def tables() -> Iterator[str]:
     """A table of each module's functions, followed by rows of Unicode's character table where the last ones ended."""
     point = 0x20
-    for path, text in library():
+    for path, text in standard_library():
         rows = [f"| {f.name} | {f.line} | {f.signature} | {f.doc.partition(chr(10))[0]} |\n" for f in functions(text)]
         if not rows:
             continue
