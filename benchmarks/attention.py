@@ -27,7 +27,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ import triton
 from captured import captured_problems
 from inputs import LLAMA_8B, Problem, exact_rows, from_fp8, in_fp8, make_problem
 from peers import PEERS, Peer
-from providers import DENSE, S2O, find_threshold
+from providers import DEFAULTS, DENSE, S2O, find_threshold
 
 from vllm_s2o import S2OParams
 from vllm_s2o.cli.environment import commit_name, describe
@@ -149,7 +149,7 @@ def s2o_row(problem: Problem, params: S2OParams | None, exact: torch.Tensor, row
     workspace = sum(buffer.nbytes for buffer in mine.workspace) / 2**20
     given = params.threshold
     return dict(
-        provider="s2o",
+        provider="s2o" if params.ranking == "kv_head" else f"s2o_{params.ranking}",
         density=round(pairs / mine.causal, 4),
         threshold=f"{given:.5f}" if isinstance(given, float) else threshold_range([params]),
         times=times,
@@ -288,12 +288,15 @@ def as_row(found: dict, problem: Problem, medians: dict[str, float], machine: di
 
 
 def made_problems(
-    at: dict[int, list[float]], device: torch.device, fp8: bool = False
+    at: dict[int, list[float]], device: torch.device, fp8: bool = False, bases: Sequence[S2OParams] = (DEFAULTS,)
 ) -> Iterator[tuple[Problem, list[S2OParams | None]]]:
-    """With `fp8` also those that are rounded to it, at the same thresholds."""
+    """Each of `bases` at thresholds that land on the densities; with `fp8` also inputs that are rounded to it, at the
+    same thresholds."""
     for tokens, densities in at.items():
         problem = make_problem(LLAMA_8B, tokens, device)
-        wanted: list[S2OParams | None] = [find_threshold(problem, density) for density in densities]
+        wanted: list[S2OParams | None] = [
+            find_threshold(problem, density, base) for base in bases for density in densities
+        ]
         yield problem, wanted
         if fp8:
             yield in_fp8(problem), wanted
@@ -387,6 +390,10 @@ def main() -> None:
     parser.add_argument(
         "--fp8", action="store_true", help="also made inputs in fp8, as queries and caches are with vLLM's fp8 caches"
     )
+    parser.add_argument(
+        "--query-head", action="store_true",
+        help="also S2O with a ranking for each query head, on made inputs, at the same densities",
+    )  # fmt: skip
     parser.add_argument("--dense", nargs="*", choices=DENSE, default=list(DENSE), help="kernels beside S2O")
     parser.add_argument(
         "--peer", type=parse_peer, action="append", default=[], metavar="NAME=PATH",
@@ -434,7 +441,8 @@ def main() -> None:
                 captures.append(capture(options.model, tokens, options.layers, options.text or "code", device))
     except CaptureError as error:
         parser.exit(1, f"attention.py: {error}\n")
-    problems = itertools.chain(made_problems(at, device, options.fp8), problems_of(captures, device))
+    bases = [DEFAULTS, *([S2OParams(ranking="query_head")] if options.query_head else [])]
+    problems = itertools.chain(made_problems(at, device, options.fp8, bases), problems_of(captures, device))
     table = list(kept)
     run = 1 + max((int(row["run"]) for row in kept), default=0)
     for row in measure(problems, options.dense, peers, options.peer_at):

@@ -59,8 +59,13 @@ class S2O:
         return self.run().sum().item() / self.causal
 
 
-def find_threshold(problem: Problem, density: float, tolerance: float = 0.01) -> S2OParams:
-    """Parameters whose stop rule visits this share of the causal pairs, within `tolerance` of it.
+DEFAULTS = S2OParams()
+
+
+def find_threshold(
+    problem: Problem, density: float, params: S2OParams = DEFAULTS, tolerance: float = 0.01
+) -> S2OParams:
+    """`params` with a threshold whose stop rule visits this share of the causal pairs, within `tolerance` of it.
 
     Raises:
         ValueError: no threshold does.
@@ -68,7 +73,7 @@ def find_threshold(problem: Problem, density: float, tolerance: float = 0.01) ->
     low, high = 1e-5, 0.9
     while high / low > 1.001:
         middle = (low * high) ** 0.5
-        params = S2OParams(threshold=middle)
+        params = params.model_copy(update={"threshold": middle})
         found = S2O(problem, params).density()
         if abs(found / density - 1) <= tolerance:
             return params
