@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from processes import ROOT, run_python
 from vllm import platforms
+from vllm.config import SchedulerConfig
 from vllm.v1.attention.backends import registry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -77,6 +78,9 @@ def config(backend="S2O") -> SimpleNamespace:
         speculative_config=None,
         kv_transfer_config=None,
         parallel_config=SimpleNamespace(distributed_executor_backend="mp"),
+        scheduler_config=SchedulerConfig(
+            max_model_len=8192, is_encoder_decoder=False, max_num_batched_tokens=2048, max_num_seqs=8
+        ),
         additional_config={},
     )
 
@@ -388,6 +392,29 @@ def test_a_model_without_dimensions_is_refused():
     given.model_config.hf_text_config.num_attention_heads = None
     with pytest.raises(StartError, match=r"config\.json does not give the dimensions"):
         plugin.check(given)
+
+
+@pytest.mark.parametrize(
+    "limits, warned",
+    [
+        ({}, 0),
+        ({"max_num_batched_tokens": 256}, 0),
+        ({"max_num_batched_tokens": 255}, 255),
+        ({"long_prefill_token_threshold": 100}, 100),
+        ({"long_prefill_token_threshold": 256}, 0),
+        ({"long_prefill_token_threshold": 100, "long_prefill_token_threshold_adaptive": True}, 0),
+    ],
+    ids=json.dumps,
+)
+def test_steps_that_are_always_too_short_are_warned_of(limits, warned, monkeypatch):
+    lines = []
+    monkeypatch.setattr(compat.logger(), "warning", lambda line, *values: lines.append(line % values))
+    given = config()
+    for name, value in limits.items():
+        setattr(given.scheduler_config, name, value)
+    plugin.check(given)
+    said = [line for line in lines if "no effect: min_query_len=256 is above the most tokens of a prompt" in line]
+    assert [f"computes, {warned} (--max-num-batched-tokens" in line for line in said] == [True] * bool(warned)
 
 
 @pytest.mark.parametrize("max_model_len, warned", [(8191, 1), (8192, 0)])

@@ -346,10 +346,11 @@ class S2OImpl(DENSE_IMPL):
         if params.num_rankings(self.num_heads, self.num_kv_heads) != num_rankings:
             return f"steps are planned for {num_rankings} rankings, one of each query head, and it has {self.num_heads}"
         if isinstance(params.threshold, tuple):  # the config counts the model's heads, this rank holds some of them
-            rank, _ = compat.tensor_parallel()
+            rank, ranks = compat.tensor_parallel()
+            if len(params.threshold) != ranks * self.num_heads:  # fewer than the model has, or all of them on each rank
+                of = f"{self.num_heads} on each of {ranks} ranks" if ranks > 1 else f"{self.num_heads}"
+                return f"thresholds for {len(params.threshold)} heads do not fit a layer of {of}"
             mine = params.threshold[rank * self.num_heads : (rank + 1) * self.num_heads]
-            if len(mine) != self.num_heads or len(params.threshold) % self.num_heads:
-                return f"thresholds for {len(params.threshold)} heads do not fit a layer of {self.num_heads}"
             params = params.model_copy(update={"threshold": mine})
         self.s2o_params = params
         return None

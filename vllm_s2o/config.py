@@ -125,13 +125,23 @@ class ResolvedConfig:
             lines.append(f"params.threshold of {ADDITIONAL} replaces {count} of single layers in {self.source}")
         return lines
 
-    def no_effect(self, max_model_len: int) -> str | None:
-        """Why no sequence that a server accepts will be sparse, or None."""
-        if self.min_seq_len <= max_model_len:
-            return None
-        return (
-            f"no effect: min_seq_len={self.min_seq_len} is above the longest sequence, --max-model-len {max_model_len}."
-        )
+    def no_effect(self, max_model_len: int, chunk: int | None = None) -> str | None:
+        """Why no sequence that a server accepts will be sparse, or None.
+
+        Args:
+            chunk: the most tokens of a prompt that one step computes, where that is known.
+        """
+        if self.min_seq_len > max_model_len:
+            return (
+                f"no effect: min_seq_len={self.min_seq_len} is above the longest sequence, "
+                f"--max-model-len {max_model_len}."
+            )
+        if chunk is not None and chunk < self.min_query_len:
+            return (
+                f"no effect: min_query_len={self.min_query_len} is above the most tokens of a prompt that a step "
+                f"computes, {chunk} (--max-num-batched-tokens, --long-prefill-token-threshold)."
+            )
+        return None
 
     def beyond(self, max_model_len: int) -> str | None:
         """That prompts may be longer than those that the values were searched on, or None: also where no searched value

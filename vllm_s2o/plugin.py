@@ -57,7 +57,7 @@ def check(vllm_config) -> None:
         compat.stop(str(error))
     logger = compat.logger()
     longest = model_config.max_model_len
-    for doubt in (config.no_effect(longest), config.beyond(longest)):
+    for doubt in (config.no_effect(longest, compat.longest_chunk(vllm_config)), config.beyond(longest)):
         if doubt is not None:
             logger.warning("s2o: %s", doubt)
     unseen = requests.unseen_steps(vllm_config)

@@ -132,11 +132,23 @@ def test_one_threshold_is_every_ranks(start, rank):
     assert start({**SHORT, "threshold": 0.1}, num_heads=2).layers[0].impl.s2o_params.threshold == 0.1
 
 
-def test_thresholds_for_another_number_of_heads(start, rank, told):
-    """A layer may have fewer heads than the model says: it stays dense, the server starts."""
-    made = start({**EXACT, "threshold": [0.1] * tiny.NUM_HEADS}, layers=({},), num_heads=2 * tiny.NUM_HEADS)
+@pytest.mark.parametrize(
+    "place, num_heads, said",
+    [
+        ((0, 1), 2 * tiny.NUM_HEADS, f"a layer of {2 * tiny.NUM_HEADS}"),
+        ((0, 1), tiny.NUM_HEADS // 2, f"a layer of {tiny.NUM_HEADS // 2}"),
+        ((0, 2), tiny.NUM_HEADS, f"a layer of {tiny.NUM_HEADS} on each of 2 ranks"),
+        ((1, 2), tiny.NUM_HEADS, f"a layer of {tiny.NUM_HEADS} on each of 2 ranks"),
+    ],
+    ids=["more", "fewer", "all on the first rank", "all on the second rank"],
+)
+def test_thresholds_for_another_number_of_heads(start, rank, told, place, num_heads, said):
+    """A layer may have other heads than the model says, and all of them on each rank: it stays dense, on every rank
+    alike, and the server starts."""
+    rank[:] = place
+    made = start({**EXACT, "threshold": [0.1] * tiny.NUM_HEADS}, layers=({},), num_heads=num_heads)
     assert made.layers[0].impl.s2o_params is None
-    assert any(f"do not fit a layer of {2 * tiny.NUM_HEADS}" in line for line in told)
+    assert any(f"do not fit {said}" in line for line in told) == (place[0] == 0), "the first rank speaks for all"
 
 
 @pytest.mark.parametrize("proposed, least", [(None, 2), (3, 5)], ids=["one token", "three proposed"])

@@ -51,7 +51,7 @@ def test_every_shipped_file_is_known_here():
 def test_smollm2_values():
     config = load_config(SMOLLM2)
     assert (config.min_seq_len, config.min_query_len) == (2048, 128)
-    assert (config.params.segment_len, config.calibrated) == (256, True)
+    assert (config.params.segment_len, config.params.ranking, config.calibrated) == (256, "query_head", True)
     layers = [config.layer(i) for i in range(30)]
     assert None not in layers
     assert len({str(layer.threshold) for layer in layers}) > 20, "searched by layer and head"
@@ -176,7 +176,7 @@ def test_provenance_text(write):
 def test_fields_override_one_by_one(given):
     config = load_config(SMOLLM2, {**given, "min_seq_len": 99})
     assert config.params == S2OParams(
-        threshold=0.01, segment_len=256, stop_interval=1, dense_tail=64, reference_len=8192
+        threshold=0.01, segment_len=256, stop_interval=1, dense_tail=64, reference_len=8192, ranking="query_head"
     )
     assert (config.min_seq_len, config.min_query_len, config.matched) == (99, 128, "name")
     assert load_config(SMOLLM2).layer(9).threshold != 0.01, "the file has one for this layer"

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from vllm.config import KVTransferConfig
+from vllm.config import KVTransferConfig, SchedulerConfig
 
 from vllm_s2o import compat
 from vllm_s2o.settings import resolve
@@ -22,6 +22,9 @@ def configured(store: dict | None = None, **s2o) -> SimpleNamespace:
         speculative_config=None,
         kv_transfer_config=None if store is None else KVTransferConfig(**store),
         parallel_config=SimpleNamespace(distributed_executor_backend="mp"),
+        scheduler_config=SchedulerConfig(
+            max_model_len=8192, is_encoder_decoder=False, max_num_batched_tokens=2048, max_num_seqs=8
+        ),
         additional_config={"s2o": s2o} if s2o else {},
     )
     config.digest = resolve(config).digest()

@@ -56,6 +56,19 @@ def run(prompts, output, runner=None, sparse=(), dense=(), step_reason=None, fig
     return done
 
 
+@pytest.fixture(params=["V1", "V2"])
+def again(request):
+    """A step in which "a", which was preempted, is computed anew: vLLM's first model runner knows it, the second one
+    hears of it as of a new request."""
+
+    def again(tokens: int, length: int, computed: int = 0):
+        if request.param == "V2":
+            return scheduled({"a": tokens}, [new("a", length, computed)])
+        return scheduled({"a": tokens}, computed={"a": computed}, resumed=["a"])
+
+    return again
+
+
 def pairs(query_len: int, seq_len: int, heads: int = 1) -> int:
     """Counted one by one."""
     return heads * sum(range(seq_len - query_len + 1, seq_len + 1))
@@ -168,32 +181,32 @@ def test_an_aborted_prompt_has_no_density(prompts):
     assert figures().tokens == {("sparse", ""): 100, ("dense", SHORT): 10}
 
 
-def test_a_preempted_prompt_starts_again(prompts):
+def test_a_preempted_prompt_starts_again(prompts, again):
     run(prompts, scheduled({"a": 60}, [new("a", 200)]), dense={0: SHORT})
     first = run(prompts, scheduled({"a": 40}, computed={"a": 60}), sparse=[0])
     most = pairs(200, 200)
-    run(prompts, scheduled({"a": 200}, computed={"a": 0}, resumed=["a"]), sparse=[0], figures=([most // 5], [most]))
+    run(prompts, again(200, 200), sparse=[0], figures=([most // 5], [most]))
     prompts.told(first, [9], [10])
     assert figures().prompts == {"a": 0.2}, "what was thrown away does not count for the prompt"
     assert figures().tokens == {("sparse", ""): 240, ("dense", SHORT): 60}, "but it was computed"
 
 
-def test_what_was_cached_when_a_prompt_starts_again_counts_neither_way(prompts, logger):
+def test_what_was_cached_when_a_prompt_starts_again_counts_neither_way(prompts, logger, again):
     """Its own first chunk, most often."""
     run(prompts, scheduled({"a": 100}, [new("a", 250)]), dense={0: SHORT})
-    run(prompts, scheduled({"a": 50}, computed={"a": 100}, resumed=["a"]), dense={0: SHORT})
+    run(prompts, again(50, 250, computed=100), dense={0: SHORT})
     most = pairs(100, 250)
     run(prompts, scheduled({"a": 100}, computed={"a": 150}), sparse=[0], figures=([0], [most]))
     assert figures().prompts == {"a": pairs(50, 150) / pairs(150, 250)}
     assert "cached=100 sparse=100 dense=50 " in logger.lines[0]
 
 
-def test_a_long_answer_that_is_computed_anew_is_no_part_of_the_prompt(prompts, logger):
+def test_a_long_answer_that_is_computed_anew_is_no_part_of_the_prompt(prompts, logger, again):
     """Nor is its prompt told of twice: chunks of the answer may be sparse, too."""
     run(prompts, scheduled({"a": 100}, [new("a", 100)]), sparse=[0], figures=([0], [pairs(100, 100)]))
     run(prompts, scheduled({"a": 1}, computed={"a": 100}))
     logger.lines.clear()
-    first = run(prompts, scheduled({"a": 100}, computed={"a": 0}, resumed=["a"]), sparse=[0])
+    first = run(prompts, again(100, 100), sparse=[0])
     second = run(prompts, scheduled({"a": 80}, computed={"a": 100}), sparse=[0])
     third = run(prompts, scheduled({"a": 70}, computed={"a": 180}), sparse=[0])
     prompts.told(first, [pairs(100, 100) // 2], [pairs(100, 100)])
@@ -210,34 +223,32 @@ def seen_in_the_histogram() -> float:
     return next(sample.value for sample in density.samples if sample.name == DENSITY.name + "_count")
 
 
-def test_a_request_resumed_in_its_decode_is_computed_anew(prompts, logger):
+def test_a_request_resumed_in_its_decode_is_computed_anew(prompts, logger, again):
     """Twice. What it had generated comes along, and is no part of the prompt."""
     run(prompts, scheduled({"a": 100}, [new("a", 100)]), sparse=[0], figures=([1], [2]))
     run(prompts, scheduled({"a": 1}, computed={"a": 100}))
     for length in (105, 110):
-        again = scheduled({"a": length}, computed={"a": 0}, resumed=["a"])
-        run(prompts, again, sparse=[0], figures=([1], [2]))
+        run(prompts, again(length, 100), sparse=[0], figures=([1], [2]))
         run(prompts, scheduled({"a": 1}, computed={"a": length}))
     assert figures().tokens == {("sparse", ""): 300}
     assert (len(logger.lines), seen_in_the_histogram()) == (1, 1)
 
 
-def test_figures_that_come_late_are_those_of_before_a_preemption(prompts, logger):
+def test_figures_that_come_late_are_those_of_before_a_preemption(prompts, logger, again):
     first = run(prompts, scheduled({"a": 100}, [new("a", 100)]), sparse=[0])
     run(prompts, scheduled({"a": 1}, computed={"a": 100}))
-    second = run(prompts, scheduled({"a": 102}, computed={"a": 0}, resumed=["a"]), sparse=[0])
+    second = run(prompts, again(102, 100), sparse=[0])
     for done, visited in ((first, pairs(100, 100)), (second, 0)):
         prompts.told(done, [visited], [pairs(100, 100)])
     assert figures().prompts == {"a": 1.0}
     assert len(logger.lines) == 1
 
 
-def test_a_prompt_that_is_stopped_ever_again_is_told_of_once(prompts, logger):
+def test_a_prompt_that_is_stopped_ever_again_is_told_of_once(prompts, logger, again):
     """Before it is complete, in decode, and while it is computed anew."""
     run(prompts, scheduled({"a": 60}, [new("a", 100)]), dense={0: SHORT})
     for tokens in (60, 100, 70, 103):
-        again = scheduled({"a": tokens}, computed={"a": 0}, resumed=["a"])
-        run(prompts, again, sparse=[0], figures=([1], [2]))
+        run(prompts, again(tokens, 100), sparse=[0], figures=([1], [2]))
     assert (len(logger.lines), seen_in_the_histogram()) == (1, 1)
 
 

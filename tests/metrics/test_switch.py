@@ -158,6 +158,16 @@ def test_a_salt_of_the_clients_stays_apart(server, extra):
     assert not set(found[1]) & set(found[2])
 
 
+@pytest.mark.parametrize("given", [None, "x"])
+def test_no_salt_of_a_clients_undoes_what_parts_dense_from_sparse(server, given):
+    """Nor does it mix two clients' sparse prompts."""
+    dense = decided(configured(), extra={"s2o": "dense"}, salt=given)
+    alike = decided(configured(), salt=dense.cache_salt)
+    assert not set(hashes(dense)) & set(hashes(alike))
+    once_more = decided(configured(), salt=alike.cache_salt)
+    assert not set(hashes(alike)) & set(hashes(once_more))
+
+
 def test_a_store_of_keys_and_values_is_parted_by_config(server):
     store = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
     one, same, other = (configured(store=store, threshold=threshold) for threshold in (0.01, 0.01, 0.02))

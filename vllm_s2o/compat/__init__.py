@@ -316,6 +316,16 @@ def longest_decode(vllm_config) -> int:
     return 1 + (2 if getattr(speculative, "parallel_drafting", False) else 1) * proposed
 
 
+def longest_chunk(vllm_config) -> int:
+    """The most tokens of one prompt that a step computes."""
+    scheduler = vllm_config.scheduler_config
+    threshold = scheduler.long_prefill_token_threshold
+    # Where it adapts, a prompt alone may have the whole step.
+    if not threshold or getattr(scheduler, "long_prefill_token_threshold_adaptive", False):
+        return scheduler.max_num_batched_tokens
+    return min(threshold, scheduler.max_num_batched_tokens)
+
+
 def dense_backend() -> type:
     """The platform's own backend, which everything but long prefill is left to."""
     from vllm.platforms import current_platform

@@ -66,6 +66,11 @@ class Prompts:
             name, computed = new_request.req_id, new_request.num_computed_tokens
             kept_dense = switch.REASONS.get(requests.mark_of(new_request) or "")
             prompt = Prompt(name, requests.prompt_length(new_request), computed, kept_dense, computed)
+            old = self._all.get(name)
+            if old is not None and old.length == prompt.length:
+                # Model runner V2 hears of a request that was preempted as of a new one. A session that goes on has a
+                # longer prompt.
+                prompt.again = old.again or old.complete
             self._all[name] = self._computing[name] = prompt
         cached = scheduler_output.scheduled_cached_reqs
         prefill = []

@@ -18,7 +18,9 @@ ASKED, SWITCHED_OFF = "dense", "off"
 
 REASONS = {ASKED: "asked by the request", SWITCHED_OFF: "switched off"}
 
-SALT = "s2o-dense"
+SALT_PREFIX = "s2o-"
+SALT, ESCAPED_SALT = f"{SALT_PREFIX}dense", f"{SALT_PREFIX}sparse"
+"""Of what is dense by decision; and of what is not and whose client gave a salt that looks like one from here."""
 
 _last: tuple[Any, str] | None = None
 """The configuration of this process's engine, and the hash of its config."""
@@ -58,7 +60,9 @@ def admit(vllm_config: Any, engine_request: Any) -> None:
     if mark and not problem:
         requests.mark(engine_request, mark, SALT)
     elif requests.kv_connectors(vllm_config):
-        requests.mark(engine_request, None, f"s2o-{_digest(vllm_config)}")
+        requests.mark(engine_request, None, f"{SALT_PREFIX}{_digest(vllm_config)}")
+    elif (engine_request.cache_salt or "").startswith(SALT_PREFIX):
+        requests.mark(engine_request, None, ESCAPED_SALT)
 
 
 def _digest(vllm_config: Any) -> str:
