@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from record import replace
-from servers import FLAG, SHAPES, density, model_and_args, serve, whole
+from servers import FLAG, SHAPES, compiled_while_serving, density, model_and_args, serve, whole
 
 from vllm_s2o.cli.environment import commit_name, describe
 from vllm_s2o.cli.server import Server, ServerError
@@ -213,12 +213,14 @@ def run(backend: str, options: argparse.Namespace, logs: Path) -> tuple[Told, di
         if server.process.poll() is not None:
             sys.exit(f"load.py: the {backend} server ended while it was asked:\n{server.tail()}")
         held = emptied(server)
-        seen = density(server.log)
+        seen, compiled = density(server.log), compiled_while_serving(server.log)
     print(
         f"{backend}: {len(told.ttft)} answered, {told.left} left, {len(told.failed)} failed in {seconds:.0f} s",
         flush=True,
     )
     wrong = [f"{len(told.failed)} requests failed, the first with {told.failed[0]}"] if told.failed else []
+    if compiled:
+        wrong.append(f"{len(compiled)} kernels were compiled while it served, the first: {compiled[0]}")
     if held:
         wrong.append(f"still in use after the last request: {held}")
     row: dict[str, Any] = {

@@ -7,9 +7,11 @@ from engines import CONFIG, EXACT, THRESHOLD, agree, ask, tokens
 PROMPTS = [tokens(count, seed) for seed, count in enumerate((1400, 40, 900, 300, 130, 700))]
 
 
-def test_each_sequence_is_what_it_is_alone(llama, witness):
+@pytest.mark.parametrize("ranking", ["kv_head", "query_head"])
+def test_each_sequence_is_what_it_is_alone(llama, witness, ranking):
     """Bit for bit: the witness computes each one alone, from the same queries and caches."""
-    with engines.engine(llama, {**CONFIG, "threshold": THRESHOLD}, max_num_batched_tokens=512) as llm:
+    config = {**CONFIG, "threshold": THRESHOLD, "ranking": ranking}
+    with engines.engine(llama, config, max_num_batched_tokens=512) as llm:
         ask(llm, PROMPTS, generated=12)
     seen = witness.take()
     several = [step for step in seen.batches if len(step.sparse) > 1]

@@ -20,7 +20,12 @@ def blocks_in_use(llm) -> int:
 
 
 @pytest.mark.parametrize(
-    "s2o", [pytest.param(EXACT, id="exact", marks=pytest.mark.long), pytest.param(SPARSE, id="sparse")]
+    "s2o",
+    [
+        pytest.param(EXACT, id="exact", marks=pytest.mark.long),
+        pytest.param(SPARSE, id="sparse"),
+        pytest.param({**SPARSE, "ranking": "query_head"}, id="query_head"),
+    ],
 )
 def test_a_cached_prefix(llama, witness, s2o):
     """A new suffix on a cached prefix is what a cold run of the same cuts computes, and errs as a run at once does."""

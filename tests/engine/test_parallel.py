@@ -33,15 +33,20 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def in_this_process(llama, overrides) -> list[engines.Said]:
-    with engines.engine(llama, {**EXACT, "layers": overrides}) as llm:
+@pytest.fixture(scope="module")
+def ranking(request):
+    return request.param
+
+
+def in_this_process(llama, ranking, overrides) -> list[engines.Said]:
+    with engines.engine(llama, {**EXACT, "ranking": ranking, "layers": overrides}) as llm:
         return list(map(engines.said, engines.ask(llm, PROMPTS)))
 
 
 @pytest.fixture(scope="module")
-def alone(llama):
+def alone(llama, ranking):
     """One process, the same thresholds."""
-    return in_this_process(llama, OVERRIDES)
+    return in_this_process(llama, ranking, OVERRIDES)
 
 
 def of_prompts(answers) -> list[torch.Tensor]:
@@ -57,25 +62,31 @@ def apart(ours, theirs) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def others(llama, alone) -> list[float]:
+def others(llama, ranking, alone) -> list[float]:
     """How far thresholds of another layer or head would be, where a prompt is not dense."""
-    found = [apart(in_this_process(llama, overrides), alone) for overrides in WRONG]
+    found = [apart(in_this_process(llama, ranking, overrides), alone) for overrides in WRONG]
     nearest = [min(distances) for distances in zip(*found, strict=True)]
     assert [distance > engines.TOLERANCE for distance in nearest] == [len(prompt) > 256 for prompt in PROMPTS]
     return nearest
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(layout, marks=[pytest.mark.long] * (layout == "pipeline")) for layout in LAYOUTS]
+    ("ranking", "layout"),
+    [
+        ("kv_head", "tensor"),
+        pytest.param("kv_head", "pipeline", marks=pytest.mark.long),
+        ("query_head", "tensor"),
+    ],
+    indirect=["ranking"],
 )
-def test_layouts(layout, llama, alone, others, tmp_path):
+def test_layouts(layout, llama, ranking, alone, others, tmp_path):
     """Thresholds of layers and heads are the model's, whoever computes them; each token is counted once.
 
     Ranks that share a layer add their parts of it, and so round it otherwise than one process does. In 16 bits that
     ranks a key elsewhere here and there, and what a tile visits changes with it: measured on a CPU with a GPU's tiles,
     prompts are up to 0.037 apart then, where other thresholds are 0.45 apart and more. What runs dense is 0.006 apart.
     """
-    options = engines.options(llama, {**EXACT, "layers": OVERRIDES}, **LAYOUTS[layout])
+    options = engines.options(llama, {**EXACT, "ranking": ranking, "layers": OVERRIDES}, **LAYOUTS[layout])
     (answers, tokens_by_path, visited, causal), log = run(options, PROMPTS, tmp_path)
     ours = [engines.Said(*answer) for answer in answers]
     if engines.CPU or layout == "pipeline":
