@@ -81,7 +81,7 @@ test-matrix: $(INSTALLED) ## check what is used of vLLM in its sources of severa
 # What `make test` looks at briefly: EXAMPLES problems that hypothesis thinks of, some ten minutes on a CPU.
 EXAMPLES = 2000
 soak: load test-long ## thousands of random problems against the oracle, `make load` and `make test-long`: EXAMPLES=
-	@VLLM_S2O_EXAMPLES=$(EXAMPLES) .venv/bin/pytest $(PARALLEL) --timeout 7200 tests/attention/test_differential.py \
+	@VLLM_S2O_EXAMPLES=$(EXAMPLES) $(if $(GPU),VLLM_S2O_KERNELS=24) .venv/bin/pytest $(PARALLEL) --timeout 7200 tests/attention/test_differential.py \
 		tests/attention/test_faults.py tests/attention/test_overflow.py
 
 # Requests of many lengths, some of which are given up, to a server with S2O and to one without.

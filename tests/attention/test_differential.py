@@ -9,7 +9,7 @@ differ:
                 gain on the threshold, and the output is judged by fp64 attention over the keys that were visited
 
 Drawn examples are the same in each run, but with VLLM_S2O_EXAMPLES, how many there shall be; a failure prints what
-repeats it.
+repeats it. For long runs on a GPU VLLM_S2O_KERNELS has few kernels compiled (`problems.few_kinds`).
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import torch
 from cases import DEVICE, make_case
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
-from problems import Problem, problems
+from problems import FEW, Problem, problems
 
 from vllm_s2o import S2OParams, attention, prefill_attention
 from vllm_s2o.kernels import naive
@@ -33,7 +33,9 @@ ANY_DTYPE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def examples(usual: int, share: float = 1.0) -> settings:
-    """How many of a test, and of a long run how large a share: its other examples would take as long as all else."""
+    """How many of a test, and of a long run how large a share: its other examples would take as long as all else, but
+    where few kernels are compiled."""
+    share = 1.0 if FEW else share
     return settings(
         max_examples=max(round(EXAMPLES * share), 1) if EXAMPLES else usual,
         derandomize=not EXAMPLES, deadline=None, print_blob=True,

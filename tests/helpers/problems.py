@@ -1,5 +1,7 @@
 """Attention problems of any kind, for hypothesis: lengths, heads, layouts, tables, numbers and parameters."""
 
+import os
+import random
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +14,23 @@ GARBAGE = [-1, -(2**31), 2**31 - 1, 2**30, 0, 3]
 HEAD_SIZES = [32, 64, 80, 96, 128, 192, 256]
 GROUPS = [1, 2, 3, 4, 8]
 PAGES = [1, 8, 16, 32, 128]
+KINDS = {
+    "tile_size": [16, 32, 64, 128], "key_block": [16, 32, 64], "stop_interval": [1, 1, 2, 3, 5],
+    "num_classes": [16, 32, 32, 64, 128], "ranking": ["kv_head", "query_head"], "head_size": HEAD_SIZES,
+    "group": GROUPS, "page": PAGES, "dtype": [0, 1, 2], "layout": [*LAYOUTS, "any", "any"],
+}  # fmt: skip
+"""What kernels are compiled for, but for budgets."""
+
+
+def few_kinds() -> list[dict]:
+    """Of VLLM_S2O_KERNELS=COUNT or COUNT@SEED, so many kinds of problems, drawn once for a process: on a GPU a problem
+    of a new kind takes seconds to compile, and others milliseconds. None where it is not set."""
+    count, _, seed = os.environ.get("VLLM_S2O_KERNELS", "0").partition("@")
+    chance = random.Random(int(seed or 0))
+    return [{name: chance.choice(values) for name, values in KINDS.items()} for _ in range(int(count))]
+
+
+FEW = few_kinds()
 
 
 @dataclass
@@ -77,15 +96,16 @@ def thresholds(draw, num_heads: int):
 @st.composite
 def problems(draw, dtypes=(torch.float32,), most: int = 320, small: bool = False) -> Problem:
     """`small`: few programs, for Triton's interpreter."""
-    tile = draw(st.sampled_from([16, 32] if small else [16, 32, 64, 128]))
+    least = {"tile_size": [16, 32], "group": GROUPS[:3], "head_size": HEAD_SIZES[:4]} if small else {}
+    one_by_one = st.fixed_dictionaries({name: st.sampled_from(of) for name, of in (KINDS | least).items()})
+    kind = draw(st.sampled_from(FEW) if FEW and not small else one_by_one)
+    tile = kind["tile_size"]
     segment_len = tile * draw(st.integers(1, 3))
     num_kv_heads = draw(st.integers(1, 2 if small else 3))
-    num_heads = num_kv_heads * draw(st.sampled_from(GROUPS[:3] if small else GROUPS))
-    params = dict(
-        segment_len=segment_len, tile_size=tile,
-        key_block=draw(st.sampled_from([16, 32, 64])), stop_interval=draw(st.sampled_from([1, 1, 2, 3, 5])),
-        num_classes=draw(st.sampled_from([16, 32, 32, 64, 128])),
-        ranking=draw(st.sampled_from(["kv_head", "query_head"])),
+    num_heads = num_kv_heads * kind["group"]
+    given = ("tile_size", "key_block", "stop_interval", "num_classes", "ranking")
+    params = {name: kind[name] for name in given} | dict(
+        segment_len=segment_len,
         dense_tail=draw(st.sampled_from([0, 0, 0, 1, tile, 100])),
         reference_len=draw(st.sampled_from([None, None, 1, 50, 150])),
     )  # fmt: skip
@@ -95,9 +115,8 @@ def problems(draw, dtypes=(torch.float32,), most: int = 320, small: bool = False
         params["threshold"] = thresholds(draw, num_heads)
     shapes = [lengths(draw, segment_len, most) for _ in range(draw(st.integers(0 if small else 1, 2 if small else 4)))]
     query_lens, lens = [q for q, _ in shapes], [n for _, n in shapes]
-    head_size = draw(st.sampled_from(HEAD_SIZES[:4] if small else HEAD_SIZES))
-    dtype = draw(st.sampled_from(dtypes))
-    case = fill(draw, query_lens, lens, num_heads, num_kv_heads, head_size, dtype)
+    dtype = dtypes[kind["dtype"] % len(dtypes)]
+    case = fill(draw, query_lens, lens, num_heads, num_kv_heads, kind, dtype)
     out = strided(draw, tuple(case.query.shape), dtype, dense_last=True)
     beyond = st.sampled_from([0, 0, 1, tile, 200])  # of a chunk's sequence there is more to come
     prompt_lens = draw(st.one_of(st.none(), st.tuples(*[beyond] * len(lens))))
@@ -106,17 +125,16 @@ def problems(draw, dtypes=(torch.float32,), most: int = 320, small: bool = False
     return Problem(case, S2OParams(**params), out, prompt_lens)
 
 
-def fill(draw, query_lens, lens, num_heads: int, num_kv_heads: int, head_size: int, dtype) -> Case:
+def fill(draw, query_lens, lens, num_heads: int, num_kv_heads: int, kind: dict, dtype) -> Case:
     """Numbers, in pages of any order, between memory and table entries that hold nothing of use."""
+    head_size, page, layout = kind["head_size"], kind["page"], kind["layout"]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
-    page = draw(st.sampled_from(PAGES))
     pages = [-(-n // page) for n in lens]
     blocks = sum(pages) + draw(st.integers(0, 3)) + 1
-    layout = draw(st.sampled_from([*LAYOUTS, "any", "any"]))
     shape = (blocks, page, num_kv_heads, head_size)
     if layout == "any":
         key_cache, value_cache = strided(draw, shape, dtype), strided(draw, shape, dtype)
