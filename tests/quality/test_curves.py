@@ -53,10 +53,21 @@ def test_the_first_density_that_reaches_an_error_counts():
     assert at_error(tuple(bumpy), 1e-2).density == pytest.approx(math.sqrt(0.1 * 0.2))
 
 
-def test_an_error_of_0_can_be_interpolated():
-    curve = (power_law(0.5), Point(1.0, 1.2, 0.0, 0.0, 1.0))
-    assert 0 < at_density(curve, 0.99).mse < power_law(0.5).mse
-    assert at_density(curve, 1.0).mse < 1e-29
+@pytest.mark.parametrize("nothing", [0.0, 2e-13])
+def test_nothing_is_said_between_an_error_and_none(nothing):
+    """A line to the logarithm of nothing would say anything."""
+    curve = (power_law(0.1), power_law(0.5), Point(1.0, 1.2, nothing, nothing, 1.0))
+    assert at_density(curve, 0.4) is not None
+    assert at_density(curve, 0.5) == curve[1]
+    assert at_density(curve, 0.6) is None
+    assert at_density(curve, 1.0) == curve[2]
+    assert at_error(curve, 0.9 * curve[1].rel_error) is None
+    assert at_error(curve, 1.1 * curve[1].rel_error).density == pytest.approx(0.5, rel=0.05)
+
+
+def test_of_what_does_not_err_anything_is_said():
+    curve = (Point(0.2, 0.3, 0.0, 0.0, 1.0), Point(1.0, 1.2, 0.0, 0.0, 1.0))
+    assert at_density(curve, 0.4).mse < 1e-29
 
 
 def test_a_table_has_the_densities_and_errors_that_are_there():

@@ -12,6 +12,9 @@ ERRORS = (1e-2, 3e-3)
 SMALLEST = 1e-30
 """An error of 0 has no logarithm."""
 
+EXACT = 1e-9
+"""A relative error below is that of other sums: what is visited there is all that counts."""
+
 
 class Point(NamedTuple):
     """Means over heads, layers and texts at one value of a method's parameter."""
@@ -60,18 +63,31 @@ def share_of(wanted: float, a: float, b: float) -> float:
     return (wanted - a) / (b - a) if a != b else 0.0
 
 
+def _known(a: Point, b: Point) -> bool:
+    """Whether the curve goes straight from a to b. Between a point that errs and one that does not, no line tells by
+    how much: the logarithm of nothing has no end."""
+    return not b.rel_error < EXACT <= a.rel_error
+
+
 def at_density(curve: Curve, density: float) -> Point | None:
-    """The curve at a density; None where the sweep has none as low, or none as high."""
+    """The curve at a density; None where the sweep has none as low, or none as high, or nothing that errs as high."""
     for a, b in itertools.pairwise(curve):
-        if a.density <= density <= b.density:
+        if density in (a.density, b.density):
+            return a if density == a.density else b
+        if a.density < density < b.density:
+            if not _known(a, b):
+                return None
             return between(a, b, share_of(density, a.density, b.density))._replace(density=density)
     return None
 
 
 def at_error(curve: Curve, error: float) -> Point | None:
-    """The lowest density with a relative error; None where the sparsest point errs less, or the densest one more."""
+    """The lowest density with a relative error; None where the sparsest point errs less, or the densest one that errs
+    at all more."""
     for a, b in itertools.pairwise(curve):
         if b.rel_error <= error < a.rel_error:
+            if not _known(a, b):
+                return None
             return between(a, b, share_of(error, a.rel_error, b.rel_error))._replace(rel_error=error)
     return None
 

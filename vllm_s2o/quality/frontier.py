@@ -15,13 +15,13 @@ them.
 import argparse
 import csv
 import hashlib
-import importlib.util
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from vllm_s2o.cli.environment import commit_name, describe, write_made
 
+from . import picture
 from .calibration.curves import sample
 from .capture import CaptureError, Layer, Source, checked_layers, open_model, visit_layers
 from .curves import Curve, at_density, at_error, matched, mean_curve
@@ -257,8 +257,8 @@ def main() -> None:
     layers = None if args.layers == [ALL] else [int(layer) for layer in args.layers]
     if args.every < 1:
         parser.error(f"--every takes a number from 1, not {args.every}")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install '.[bench]'")
+    if args.plot and (problem := picture.problem(args.plot)):
+        parser.error(problem)
     try:
         curves = frontier(
             args.model, args.out, num_tokens=args.tokens, layers=layers,
@@ -269,6 +269,8 @@ def main() -> None:
             draw(curves, title, args.plot)
     except (FrontierError, CaptureError) as error:
         sys.exit(f"frontier: {error}")
+    except OSError as error:
+        sys.exit(f"frontier: cannot write {error.filename or args.plot}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit("frontier: stopped; the same command goes on from here")
     print(summary(curves))

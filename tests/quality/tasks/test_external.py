@@ -140,6 +140,22 @@ def test_files_that_cannot_be_used_are_told_in_a_sentence(tmp_path, opener, name
     assert str(caught.value).startswith(said.format(path=path)) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("math_find", {"answer": ["eight"]}),
+        ("code_run", {"answer": ["none"]}),
+        ("passkey", {"context": None}),
+        ("kv_retrieval", {"context": ["a", "b"]}),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_judged_is_told_before_it_is_asked(tmp_path, framing, name, wrong):
+    file = infinitebench.open_file(write(tmp_path / f"{name}.jsonl", [INFINITEBENCH[name][0] | wrong]))
+    with pytest.raises(TaskError, match=rf"^Sample 0 of infinitebench_{name} lacks a field, or has another one: "):
+        list(file.prompts(4000, [0], framing))
+
+
 def test_files_of_something_else_are_told_in_a_sentence(tmp_path, framing):
     with pytest.raises(TaskError, match=r"other\.jsonl is named after no task of InfiniteBench: known are passkey, "):
         infinitebench.open_file(write(tmp_path / "other.jsonl", [{}]))

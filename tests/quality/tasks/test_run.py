@@ -9,7 +9,7 @@ from fake_api import FakeApi
 
 from vllm_s2o.config import ResolvedConfig
 from vllm_s2o.quality.tasks import backends, client, command, longbench, run, suite, table
-from vllm_s2o.quality.tasks.answers import Answers
+from vllm_s2o.quality.tasks.answers import Answer, Answers
 from vllm_s2o.quality.tasks.backends import Backend, pairs
 from vllm_s2o.quality.tasks.client import Client
 from vllm_s2o.quality.tasks.prompt import Framing, Prompt, TaskError
@@ -279,7 +279,7 @@ def test_prompts_are_sent_as_tokens_and_answered_greedily():
 def test_no_more_requests_at_a_time_than_allowed():
     import time
 
-    with FakeApi(lambda ids: time.sleep(0.05) or "yes") as api:
+    with FakeApi(lambda ids: time.sleep(0.4) or "yes") as api:
         answers = Client(api.url, concurrency=3).ask([simple(i) for i in range(9)])
     assert len(answers) == 9 and 1 < api.most_at_once <= 3
 
@@ -348,6 +348,16 @@ def test_a_density_is_that_of_all_prompts():
     assert pairs([long, short], told_twice) == pairs([long, short], told(100, 0.4)), "asked again, and by others"
 
 
+def test_a_density_is_of_the_samples_that_are_shown(tmp_path):
+    """Where more are kept than are asked for, their pairs cannot be told apart."""
+    answers = Answers(tmp_path / "a.parts.jsonl", {})
+    given = [(("vt", 2000, index), Answer("yes", 1.0, 4, 1)) for index in range(4)]
+    answers.add("s2o", given[:2], (1, 10))
+    answers.add("s2o", given[2:], (9, 10))
+    assert answers.density("s2o", {("vt", 2000): 4}) == 0.5
+    assert answers.density("s2o", {("vt", 2000): 2}) is None
+
+
 def test_a_server_of_ours_that_says_nothing_of_it_has_no_density():
     """As where its log leaves out such lines: it would look like a dense one's."""
     with FakeApi(lambda ids: "yes") as api:
@@ -406,7 +416,7 @@ def test_a_running_server_is_asked_and_compared_with_an_earlier_one(checkpoint, 
         "mine", longbench.TASK, "50.00", "0.200", "2",
     )  # fmt: skip
     assert (dense["backend"], dense["samples"], dense["density"]) == ("dense", "2", "")
-    assert "Average over tasks" in capsys.readouterr().out
+    assert "longbench_v2 at 1000: +0.0 points (" in capsys.readouterr().out
 
 
 def test_prompts_beyond_the_servers_context_are_not_sent(checkpoint, tmp_path):

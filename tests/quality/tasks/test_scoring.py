@@ -1,5 +1,7 @@
 """RULER's scores, and intervals of their means."""
 
+import random
+
 import pytest
 
 from vllm_s2o.quality.tasks import statistics
@@ -54,6 +56,19 @@ def test_more_samples_make_it_narrower_and_shares_narrower_than_extremes():
     few, many = (statistics.score([[1.0, 0.0] * count]) for count in (5, 50))
     assert many.ci95 < few.ci95 / 2
     assert statistics.score([[0.5] * 20]).ci95 < statistics.score([[1.0, 0.0] * 10]).ci95
+
+
+@pytest.mark.parametrize("sizes", [(100, 100), (100, 30), (400, 30), (500, 20, 20)])
+def test_95_of_100_intervals_hold_the_truth(sizes):
+    """Of groups of any sizes, each of which counts the same."""
+    rng, shares = random.Random(0), (0.7, 0.4, 0.3)[: len(sizes)]
+    truth, held = 100 * sum(shares) / len(shares), 0
+    for _ in range(1000):
+        found = statistics.score(
+            [[float(rng.random() < share) for _ in range(size)] for size, share in zip(sizes, shares, strict=True)]
+        )
+        held += found.low <= truth <= found.high
+    assert 925 < held < 975
 
 
 def test_a_mean_over_tasks_is_uncertain_only_by_samples_inside_of_them():

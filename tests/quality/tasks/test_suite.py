@@ -99,10 +99,12 @@ def test_variables_are_one_chain_in_order(framing, tokenizer):
     assert said.endswith(f"5 variables have the value {number} in the text:")
 
 
-@pytest.mark.parametrize("length, often, seldom", [(4000, 6, 1), (LENGTH, 30, 3)])
+@pytest.mark.parametrize("length, often, seldom", [(4000, 6, 1), (LENGTH, 30, 3), (250_000, 30, 3)])
 def test_common_words_are_the_most_common(framing, tokenizer, length, often, seldom):
+    """In a list that is longer than all words that are known, too."""
     made = prompt("cwe", length, 0, framing)
-    words = re.findall(r"\d+\. ([a-z]+)", text(tokenizer, made).split("\n\n")[-2])
+    assert length - 100 < len(made.ids) + made.room <= length
+    words = re.findall(r"\d+\. ([a-z-]+)", text(tokenizer, made).split("\n\n")[-2])
     counts = Counter(words).most_common()
     assert {word for word, _ in counts[:10]} == set(expected(made))
     assert {count for _, count in counts[:10]} == {often} and {count for _, count in counts[10:]} == {seldom}
@@ -147,6 +149,11 @@ def test_units_of_different_lengths_are_found_too():
     sizes = [1] * 50 + [400] + [1] * 2000
     assert len(longest(lambda units: [0] * sum(sizes[:units]), 300)) == 50
     assert len(longest(lambda units: [0] * sum(sizes[:units]), 700)) == 700
+
+
+def test_a_text_that_does_not_grow_is_told_in_a_sentence():
+    with pytest.raises(TaskError, match=r"^A text of \d+ units has no more than 50 tokens: it does not grow "):
+        longest(lambda units: [0] * min(units, 50), 100)
 
 
 def test_without_a_chat_template_the_text_is_plain(tokenizer):

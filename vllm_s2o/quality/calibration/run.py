@@ -15,7 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from vllm_s2o import settings
+from vllm_s2o.cli.environment import commit_name, describe
 from vllm_s2o.config import ConfigError, ResolvedConfig, load_config
 from vllm_s2o.params import S2OParams
 from vllm_s2o.quality import cost
@@ -109,6 +112,8 @@ def calibrate(
             out.with_name(out.name + ".parts.jsonl"),
             {
                 "model": model, "tokens": num_tokens, "seed": seed, "context extension": source.rope_factor,
+                "commit": commit_name(describe()), "torch": importlib.metadata.version("torch"),
+                "device": "cuda" if torch.cuda.is_available() else "cpu",
                 # A file of one's own may have changed since.
                 "texts": [[name, hashlib.sha256(str(ids).encode()).hexdigest()[:12]] for name, ids in prompts.items()],
                 "methods": {name: repr(rule) for name, rule in rules.items()},
@@ -206,7 +211,8 @@ def _one_sentence() -> Iterator[None]:
     except (CaptureError, ConfigError, JournalError, cost.CostError) as error:
         raise CalibrationError(str(error)) from error
     except OSError as error:
-        raise CalibrationError(f"Cannot write {error.filename}: {error.strerror}.") from error
+        where = "a file" if error.filename is None else error.filename  # a full disk has no name
+        raise CalibrationError(f"Cannot write {where}: {error.strerror or error}.") from error
 
 
 def _found(

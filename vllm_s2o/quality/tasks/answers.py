@@ -1,7 +1,8 @@
 """The answers that were given, in a file that grows by a line for each, so that a run that was cut off goes on."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,8 +67,12 @@ class Answers:
         with _as_task_error():
             self._journal.append(lines)
 
-    def density(self, backend: str, groups: Iterable[tuple[str, int]]) -> float | None:
-        """Of the prompts of some tasks at some lengths, dense chunks included; None where nobody knows."""
+    def density(self, backend: str, groups: Mapping[tuple[str, int], int]) -> float | None:
+        """Of the prompts of some tasks at some lengths, dense chunks included; None where nobody knows, as where more
+        were asked than the given numbers of samples: pairs are those of all together."""
+        kept = Counter(key[:3] for key in self.found)
+        if any(kept[backend, *group] > count for group, count in groups.items()):
+            return None
         known = [self.pairs[backend, *group] for group in groups if (backend, *group) in self.pairs]
         visited, causal = (sum(pair) for pair in zip(*known, strict=True)) if known else (0, 0)
         return visited / causal if causal else None

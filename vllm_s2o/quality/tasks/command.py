@@ -1,13 +1,13 @@
 """The command `python -P -m vllm_s2o.quality.tasks`."""
 
 import argparse
-import importlib.util
 import shlex
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .. import picture
 from ..capture import CaptureError
 from . import infinitebench, longbench, suite
 from .backends import FLAGS
@@ -79,8 +79,8 @@ def main() -> None:
     args = given.parse_args()
     if args.concurrency < 1:
         given.error("--concurrency takes 1 or more")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        given.error("--plot needs matplotlib: pip install '.[bench]'")
+    if args.plot and (problem := picture.problem(args.plot)):
+        given.error(problem)
     # A server would outlive this program, and hold the GPU's memory, if a time limit just ended it.
     signal.signal(signal.SIGTERM, interrupt)
     try:
@@ -95,6 +95,8 @@ def main() -> None:
             draw(found, Path(args.model).resolve().name, args.plot)
     except (TaskError, CaptureError) as error:
         sys.exit(f"tasks: {error}")
+    except OSError as error:
+        sys.exit(f"tasks: cannot write {error.filename or args.plot}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit("tasks: stopped; the same command goes on from here")
     print(summary(found, repeated))

@@ -40,10 +40,15 @@ def common(rng: Random, length: int) -> tuple[Callable[[int], tuple[str, str]], 
     question, begun = ask_common(entries)
     example = f"{question}\n\n{begun} {numbered(shown[:COMMON])}"
     asked = [words.pop() for _ in range(COMMON)]
-    order = rng.random()
+    order, known = rng.random(), len(words)
+
+    def seldom_word(place: int) -> str:
+        """Those that are known, and when a long list has them all, two of them together, each pair once."""
+        turn, at = divmod(place, known)
+        return words[at] if not turn else f"{words[at]}-{words[(at + turn) % known]}"
 
     def text(count: int) -> tuple[str, str]:
-        entries = asked * often + words[:count] * seldom
+        entries = asked * often + [seldom_word(place) for place in range(count)] * seldom
         Random(order).shuffle(entries)
         question, begun = ask_common(entries)
         return f"{example}\n\n{question}", begun

@@ -53,6 +53,8 @@ class File(NamedTuple):
             record = self.records[index]
             try:
                 question = self.rule.ask(record)
+                if not isinstance(question.text, str):
+                    raise TypeError(f"its text is {type(question.text).__name__}, not a string")
                 self.rule.score("", record)  # a missing answer would be told only after the model's
             except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
                 raise TaskError(

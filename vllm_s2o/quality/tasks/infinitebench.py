@@ -44,13 +44,14 @@ def first_digits(answer: str, record: Record) -> bool:
 
 
 def first_number(answer: str, record: Record) -> bool:
+    right = float(first(record))
     found = re.search(r"\d+\.\d+|\d+", answer)
-    return found is not None and float(found[0]) == float(first(record))
+    return found is not None and float(found[0]) == right
 
 
 def last_number(answer: str, record: Record) -> bool:
-    said = words(answer, "\n.`'\":")
-    return bool(said) and re.fullmatch(r"[-+]?\d+", said[-1]) is not None and int(said[-1]) == int(first(record))
+    right, said = int(first(record)), words(answer, "\n.`'\":")
+    return bool(said) and re.fullmatch(r"[-+]?\d+", said[-1]) is not None and int(said[-1]) == right
 
 
 def has_word(answer: str, record: Record) -> bool:

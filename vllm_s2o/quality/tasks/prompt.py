@@ -5,6 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+MOST_UNITS = 64
+"""In a token: a text that has more of them and still fits does not grow with them."""
+
 
 class TaskError(RuntimeError):
     """Why there is no table, in one sentence."""
@@ -78,6 +81,8 @@ def longest(build: Callable[[int], list[int]], most: int) -> list[int] | None:
     # halving does.
     fails, rate, off, repeated, guesses = None, 8.0, float(most - empty), 0, 0
     while fails is None or fails - fits > 1:
+        if fits > MOST_UNITS * most:
+            raise TaskError(f"A text of {fits} units has no more than {len(found)} tokens: it does not grow any more.")
         step = max(1, math.ceil(abs(off) / rate)) + 2**repeated - 1
         tried = fits + step if off >= 0 or fails is None else fails - step
         if fails is not None:

@@ -1,9 +1,9 @@
 """Means of scores with 95 % intervals that stay honest for few samples, and where all of them are the same.
 
 The textbook interval of ten right answers out of ten has no width. So samples that were not observed are added before
-the spread is computed: two right and two wrong ones for a score (Agresti and Coull, 1998), one each of better, worse
-and two halves the same for a difference (Agresti and Min, 2005). Both were made for right or wrong; for shares between
-they hold as well, as no value lies outside.
+the spread is computed: two right and two wrong ones for a score (Agresti and Coull, 1998), half a better one, half a
+worse one and one that is the same for a difference (Agresti and Min, 2005). Both were made for right or wrong; for
+shares between they hold as well, as no value lies outside.
 """
 
 import math
@@ -57,12 +57,17 @@ def _estimate(
     """
     means = [sum(group) / len(group) for group in groups]
     mean = sum(means) / len(means)
-    count = sum(map(len, groups)) + sum(weights)
+    # Each group counts the same, whatever it holds: so many samples in groups of one size would tell as much.
+    observed = len(groups) ** 2 / sum(1 / len(group) for group in groups)
+    count = observed + sum(weights)
     middle = sum(weight * value for value, weight in zip(added, weights, strict=True))
     # The centre of the interval: nearer to the middle of what can be than the mean is.
-    centre = (mean * (count - sum(weights)) + middle) / count
-    spread = sum((value - at) ** 2 for group, at in zip(groups, means, strict=True) for value in group)
-    spread += sum(map(len, groups)) * (mean - centre) ** 2
+    centre = (mean * observed + middle) / count
+    # The variance of the mean of means, times the square of that number: in groups of one size the sum of the squares.
+    inside = [sum((value - at) ** 2 for value in group) for group, at in zip(groups, means, strict=True)]
+    spread = sum(squares / len(group) ** 2 for squares, group in zip(inside, groups, strict=True))
+    spread *= (observed / len(groups)) ** 2
+    spread += observed * (mean - centre) ** 2
     spread += sum(weight * (value - centre) ** 2 for value, weight in zip(added, weights, strict=True))
     half = Z * math.sqrt(spread) / count
     return Estimate(100 * mean, 100 * max(centre - half, least), 100 * min(centre + half, 1.0))

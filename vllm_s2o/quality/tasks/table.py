@@ -90,7 +90,7 @@ def _row(
         difference = statistics.difference([[(a.score, b.score) for a, b in group] for group in pairs])
         same = sum(a.text == b.text for group in pairs for a, b in group)
     score = statistics.score([[answer.score for answer in group] for group in given])
-    density = answers.density(backend, some)
+    density = answers.density(backend, {group: groups[group] for group in some})
     return Row(backend, task, length, score, density, sum(map(len, given)), difference, same)
 
 
@@ -122,7 +122,9 @@ def summary(found: Sequence[Row], tries: int = 0) -> str:
             f"Worse than {REFERENCE} by more than {ALLOWED:g} points: {', '.join(worse) or 'none'}, with certainty "
             f"{', '.join(certain) or 'none'}; the interval of {proven} of {len(single)} differences excludes it."
         )
-        lines.append(f"Average over tasks: {_difference(compared[-1][1])}.")
+        last, difference = compared[-1]
+        what = "Average over tasks" if last.task == AVERAGE else f"{last.task} at {last.length}"
+        lines.append(f"{what}: {_difference(difference)}.")
     if tries:
         lines.append(f"Requests that had to be made again: {tries}.")
     return "\n".join(lines)
