@@ -21,6 +21,7 @@ import torch
 from cases import DEVICE, make_case
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
+from poison import poison
 from problems import FEW, Problem, problems
 
 from vllm_s2o import S2OParams, attention, prefill_attention
@@ -30,6 +31,12 @@ from vllm_s2o.plan import WHOLE
 EXAMPLES = int(os.environ.get("VLLM_S2O_EXAMPLES", 0))
 CUDA = DEVICE.type == "cuda"
 ANY_DTYPE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """What is read before it is written shall not be zeros by chance."""
+    poison(monkeypatch)
 
 
 def examples(usual: int, share: float = 1.0) -> settings:

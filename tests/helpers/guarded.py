@@ -3,9 +3,9 @@ touch: a kernel that reads or writes beside one ends this process.
 
 python guarded.py EXAMPLES SEED [beside]
 
-Each problem is computed twice, with tensors that begin where a page begins, and with ones that end where a page ends
-(up to 16 bytes, to which kernels are told that addresses are aligned). With `beside` a kernel reads beside a tensor, to
-show that it is seen.
+What a kernel reads of a workspace before it is written leads outside as well. Each problem is computed twice, with
+tensors that begin where a page begins, and with ones that end where a page ends (up to 16 bytes, to which kernels are
+told that addresses are aligned). With `beside` a kernel reads beside a tensor, to show that it is seen.
 """
 
 import ctypes
@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from hypothesis import HealthCheck, given, seed, settings
+from poison import NOTHING
 from problems import problems
 
 from vllm_s2o import prefill_attention
@@ -45,6 +46,7 @@ class Guarded:
         inside = -(-size // PAGE) * PAGE
         memory = mmap.mmap(-1, inside + 2 * PAGE)
         begin = (inside - size) // ALIGNED * ALIGNED if self.at_end else 0
+        memory[PAGE:-PAGE] = bytes([NOTHING]) * inside
         tensor = torch.frombuffer(memory, dtype=dtype, count=max(count, 1), offset=PAGE + begin)
         address = tensor.data_ptr() - begin
         for beside in (address - PAGE, address + inside):
