@@ -137,6 +137,19 @@ def test_answers_that_cannot_be_had_are_told_in_a_sentence(command, checkpoint, 
     assert ended.status == 1 and ended.sentence.endswith("--tasks asks, is not installed: install it.")
 
 
+@pytest.mark.parametrize("more", [(), ("--tasks", "1")], ids=["text", "tasks"])
+def test_a_config_that_leaves_all_dense_is_refused_before_anything_is_asked(
+    command, checkpoint, tmp_path, monkeypatch, more
+):
+    from vllm_s2o.quality.tasks import run
+
+    monkeypatch.setattr(run, "measure", None)
+    (tmp_path / "my.yaml").write_text("layers: [{layers: 0-2, threshold: dense}]\n")
+    ended = command("evaluate", checkpoint, "--config", "my.yaml", *SMALL, *more)
+    assert ended.status == 1
+    assert ended.sentence.endswith("my.yaml makes prompts sparse in no layer: there is nothing to measure.")
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [

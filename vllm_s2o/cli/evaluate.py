@@ -57,7 +57,7 @@ def evaluate(
       vllm-s2o evaluate .models/SmolLM2-135M-Instruct --text code --tokens 2048
     """
     from vllm_s2o.quality.capture import CaptureError, open_model
-    from vllm_s2o.quality.cost import CostError, mean, measure
+    from vllm_s2o.quality.cost import CostError, mean, measure, sparse_layers
 
     if file is not None and settings.part_of(additional) is not None:
         raise click.UsageError("--config and --additional-config cannot be given together.")
@@ -75,6 +75,7 @@ def evaluate(
     given = _given(config, file, additional)
     costs, layers = [], {}
     try:
+        sparse_layers(config)  # before minutes are spent on it
         source = open_model(model, tokens)
         prompts = {text: source.prompt(text, tokens, split) for text in texts}
         # Servers come first: they want the device's memory to themselves.

@@ -78,6 +78,18 @@ def sparse_attention(layer: Layer, params: S2OParams, ends: Sequence[int] = ()) 
     return out, (stats.visited_pairs.sum() / stats.causal_pairs.sum()).item()
 
 
+def sparse_layers(config: ResolvedConfig) -> dict[int, S2OParams]:
+    """What the layers that may be sparse run with.
+
+    Raises:
+        CostError: the config leaves every layer dense.
+    """
+    found = {layer: params for layer in range(config.traits.num_layers) if (params := config.layer(layer)) is not None}
+    if not found:
+        raise CostError(f"{config.source} makes prompts sparse in no layer: there is nothing to measure.")
+    return found
+
+
 def measure(
     model: Any, ids: Sequence[int], config: ResolvedConfig, progress: Callable[[int], object] = lambda layers: None
 ) -> tuple[Cost, list[LayerCost]]:
@@ -92,10 +104,7 @@ def measure(
         CostError: the config leaves every layer dense.
         CaptureError: the model's attention is not plain causal attention.
     """
-    layer_params = {layer: config.layer(layer) for layer in range(config.traits.num_layers)}
-    sparse = {layer: params for layer, params in layer_params.items() if params is not None}
-    if not sparse:
-        raise CostError(f"{config.source} makes prompts sparse in no layer: there is nothing to measure.")
+    sparse = sparse_layers(config)
     layers: list[LayerCost] = []
 
     def dense(layer: Layer) -> torch.Tensor:
