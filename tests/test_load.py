@@ -124,17 +124,45 @@ def test_a_server_that_stays_as_it_was(run):
     assert row["device_mib_end"] is None
 
 
+def memory(host=FLAT, device=()) -> dict:
+    """As much of a row."""
+    return {
+        f"{place}_mib_{part}": value
+        for place, samples in (("host", host), ("device", device))
+        for part, value in zip(("half", "end"), load.halves(list(samples)), strict=True)
+    }
+
+
+BEFORE, LATER = [1000.0] * 40 + [1030.0] * 40, [1000.0] * 55 + [1030.0] * 25
+
+
+@pytest.mark.parametrize(
+    "s2o, dense, said",
+    [
+        (memory(BEFORE), memory(), None),
+        (memory(LATER), memory(), "s2o: host memory grew from 1000 to 1030 MiB in the second half, without "),
+        (memory(LATER), memory(LATER), None),
+        (memory(LATER), memory(list(reversed(LATER))), "s2o: host memory grew from 1000 to 1030 MiB"),
+        (memory(), memory(LATER), None),
+        (memory(FLAT, [500.0] * 55 + [600.0] * 25), memory(FLAT, [500.0] * 80), "s2o: device memory grew from 500 to "),
+        (memory(FLAT[:15]), memory(), None),
+    ],
+    ids=["before", "with S2O only", "vLLM's own", "without S2O it shrank", "without S2O only", "device", "no samples"],
+)  # fmt: skip
+def test_memory_that_grows_with_s2o_and_not_without(s2o, dense, said):
+    wrong = load.grown({"s2o": s2o, "dense": dense})
+    assert len(wrong) == (said is not None)
+    assert said is None or wrong[0].startswith(said)
+
+
 @pytest.mark.parametrize(
     "fields, held, said",
     [
         ({"failed": ["ConnectionError: gone", "other"]}, {}, "s2o: 2 requests failed, the first with ConnectionError"),
-        ({"host": [1000.0] * 40 + [1030.0] * 40}, {}, None),
-        ({"host": [1000.0] * 55 + [1030.0] * 25}, {}, "s2o: host memory grew from 1000 to 1030 MiB"),
-        ({"device": [500.0] * 55 + [600.0] * 25}, {}, "s2o: device memory grew from 500 to 600 MiB"),
         ({"host": [1000.0] * 15}, {}, "s2o: 15 samples of host memory tell nothing"),
         ({}, {"vllm:kv_cache_usage_perc": 0.1}, "s2o: still in use after the last request: {'vllm:kv_cache_usage_perc"),
     ],
-    ids=["failed", "grew before", "grew", "device", "no samples", "blocks"],
+    ids=["failed", "no samples", "blocks"],
 )
 def test_what_is_wrong_is_said(run, fields, held, said):
     _, wrong = run(load.Told(**{"ttft": {0: 0.1, 1: 0.2}, "host": FLAT} | fields), held)
