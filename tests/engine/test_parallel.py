@@ -22,7 +22,7 @@ LAYOUTS = {
         "pipeline_parallel_size": 2,
         "distributed_executor_backend": "mp",
         # Without any compilation vLLM's CPU runner makes no room for what one stage hands to the next.
-        **({"enforce_eager": False, "compilation_config": {"mode": 1, "backend": "eager"}} if engines.CPU else {}),
+        **(engines.COMPILED if engines.CPU else {}),
     },
 }
 if not engines.CPU:

@@ -35,6 +35,8 @@ DTYPE = "float32" if CPU else "float16"
 """Of the models, but for `_WIDE`."""
 _WIDE = ("gemma2", "gemma3_text")
 """Kinds that vLLM refuses in float16: they are in bfloat16."""
+COMPILED = {"enforce_eager": False, **({"compilation_config": {"mode": 1, "backend": "eager"}} if CPU else {})}
+"""vLLM's default modes; on a CPU, which has no graphs, a model is traced and not compiled, which would take minutes."""
 TOLERANCES = {"float32": 2e-3, "float16": 0.1, "experts": 1.0, "bfloat16": 0.5, "fp8": 1.0}
 """Of log-probabilities, between two ways to compute the same; "experts" is float16 with a choice of experts.
 
