@@ -16,6 +16,7 @@ HANDLED = {
     "vllm.v1.attention.backends.registry.AttentionBackendEnum.register": (SINCE, "0.32"),
     "VllmConfig.attention_config.backend_per_kind": (SINCE, "0.26"),
     "vllm.v1.attention.backend.max_decode_query_len": (SINCE, "0.31"),
+    "VllmConfig.scheduler_config.long_prefill_token_threshold_adaptive": (SINCE, "0.31"),
     "Attention.is_draft_layer": (SINCE, "0.31"),
     "Attention.isa": (SINCE, "0.29"),
     "CPUAttentionBackendImpl.isa": (UNTIL, "0.29"),

@@ -320,7 +320,7 @@ def longest_chunk(vllm_config) -> int:
     """The most tokens of one prompt that a step computes."""
     scheduler = vllm_config.scheduler_config
     threshold = scheduler.long_prefill_token_threshold
-    # Where it adapts, a prompt alone may have the whole step.
+    # Where it adapts (as it may from 0.31 on), a prompt alone may have the whole step.
     if not threshold or getattr(scheduler, "long_prefill_token_threshold_adaptive", False):
         return scheduler.max_num_batched_tokens
     return min(threshold, scheduler.max_num_batched_tokens)
