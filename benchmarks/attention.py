@@ -149,7 +149,7 @@ def s2o_row(problem: Problem, params: S2OParams | None, exact: torch.Tensor, row
     workspace = sum(buffer.nbytes for buffer in mine.workspace) / 2**20
     given = params.threshold
     return dict(
-        provider="s2o" if params.ranking == "kv_head" else f"s2o_{params.ranking}",
+        provider="s2o" if params.ranking == DEFAULTS.ranking else f"s2o_{params.ranking}",
         density=round(pairs / mine.causal, 4),
         threshold=f"{given:.5f}" if isinstance(given, float) else threshold_range([params]),
         times=times,
@@ -391,8 +391,8 @@ def main() -> None:
         "--fp8", action="store_true", help="also made inputs in fp8, as queries and caches are with vLLM's fp8 caches"
     )
     parser.add_argument(
-        "--query-head", action="store_true",
-        help="also S2O with a ranking for each query head, on made inputs, at the same densities",
+        "--kv-head", action="store_true",
+        help="also S2O with a ranking for each KV head, on made inputs, at the same densities",
     )  # fmt: skip
     parser.add_argument("--dense", nargs="*", choices=DENSE, default=list(DENSE), help="kernels beside S2O")
     parser.add_argument(
@@ -441,7 +441,7 @@ def main() -> None:
                 captures.append(capture(options.model, tokens, options.layers, options.text or "code", device))
     except CaptureError as error:
         parser.exit(1, f"attention.py: {error}\n")
-    bases = [DEFAULTS, *([S2OParams(ranking="query_head")] if options.query_head else [])]
+    bases = [DEFAULTS, *([S2OParams(ranking="kv_head")] if options.kv_head else [])]
     problems = itertools.chain(made_problems(at, device, options.fp8, bases), problems_of(captures, device))
     table = list(kept)
     run = 1 + max((int(row["run"]) for row in kept), default=0)

@@ -17,7 +17,7 @@ PROVIDERS = {
     # Random weights attend to everything alike: a fixed share of the history shows what sparse prefill would cost.
     # Every layer visits it where the model's file keeps none dense, as Llama's does; no override here undoes a file's.
     "s2o_budget_10": [*FLAG, "--additional-config", '{"s2o": {"budget": 0.1}}'],
-    "s2o_budget_10_query_head": [*FLAG, "--additional-config", '{"s2o": {"budget": 0.1, "ranking": "query_head"}}'],
+    "s2o_budget_10_kv_head": [*FLAG, "--additional-config", '{"s2o": {"budget": 0.1, "ranking": "kv_head"}}'],
     "flash_attn": ["--attention-backend", "FLASH_ATTN"],
 }
 DEFAULT = ("s2o", "s2o_budget_10", "flash_attn")

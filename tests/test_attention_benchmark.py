@@ -61,9 +61,9 @@ def test_the_stop_rule_lands_on_the_density(modules, problem):
     params = providers.find_threshold(problem, 0.6, tolerance=0.05)
     assert providers.S2O(problem, params).density() == pytest.approx(0.6, rel=0.05)
     assert params.budget is None
-    each = providers.find_threshold(problem, 0.6, S2OParams(ranking="query_head"), tolerance=0.05)
-    assert each.ranking == "query_head"
-    assert providers.S2O(problem, each).density() == pytest.approx(0.6, rel=0.05)
+    shared = providers.find_threshold(problem, 0.6, S2OParams(ranking="kv_head"), tolerance=0.05)
+    assert shared.ranking == "kv_head"
+    assert providers.S2O(problem, shared).density() == pytest.approx(0.6, rel=0.05)
     with pytest.raises(ValueError, match=r"No threshold gives density 0\.01 at 2048 tokens"):
         providers.find_threshold(problem, 0.01)
 

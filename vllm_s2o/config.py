@@ -107,13 +107,13 @@ class ResolvedConfig:
         own = f", {changed} of {len(layers)} layers have thresholds of their own"
         if params.budget is not None:  # thresholds count for nothing then
             stop, own = f"budget={params.budget:g} (WARNING: no stop rule, for benchmarks only)", ""
-        own_ranking = " ranking=query_head" if params.ranking == "query_head" else ""
+        shared = " ranking=kv_head" if params.ranking == "kv_head" else ""
         min_query = f"min_query_len={min_query_len or self.min_query_len}"
         if min_query_len not in (None, self.min_query_len):
             min_query += f" (not {self.min_query_len}: decode stays dense)"
         lines = [
             f"config {self.source} ({self.found}; {values}: {self.provenance})",
-            f"{stop} segment_len={params.segment_len}{own_ranking} "
+            f"{stop} segment_len={params.segment_len}{shared} "
             f"min_seq_len={self.min_seq_len} {min_query} "
             f"{layers.count(None)} of {len(layers)} layers dense{own}",
         ]

@@ -32,7 +32,7 @@ ALLOWED: dict[type[BaseModel], dict[str, str]] = {
         **dict.fromkeys(("tile_size", "key_block", "num_classes"), _POWER),
         "stop_interval": "a whole number from 1 to 64",
         "dense_tail": "a whole number from 0 to 65536",
-        "ranking": "kv_head or query_head",
+        "ranking": "query_head or kv_head",
         "budget": "a number above 0 and up to 1",
     },
     Override: {"layers": _RANGES, "heads": _RANGES, "threshold": f'{_TAU}, or "dense"'},

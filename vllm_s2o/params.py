@@ -46,11 +46,11 @@ class S2OParams(BaseModel):
         "read from them, and each of them asks for something else.",
     )  # fmt: skip
     num_classes: Power = Field(32, description="Importance classes that the keys are ranked into.")
-    ranking: Literal["kv_head", "query_head"] = Field(
-        "kv_head",
-        description="What has a ranking of its own: each KV head, which its query heads share, or each query head. "
-        "The latter errs less at equal density, most of all beyond a model's context, and takes the ranking's time "
-        "once for each of them.",
+    ranking: Literal["query_head", "kv_head"] = Field(
+        "query_head",
+        description="What has a ranking of its own: each query head, or each KV head, whose query heads share it. "
+        "The latter is ranked sooner, and errs more at equal density: most of all beyond a model's context, where "
+        "heads look for different keys.",
     )  # fmt: skip
     budget: float | None = Field(
         None, gt=0, le=1, strict=True, allow_inf_nan=False,

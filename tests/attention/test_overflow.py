@@ -77,7 +77,7 @@ def test_rows_far_into_a_batch(implementation):
     out = torch.empty_like(query)
     query[-few:] = case.query
     table = torch.cat([case.block_table[:1], case.block_table])
-    plan = attention.plan_step([tokens, *case.query_lens], [tokens, *case.lens], PARAMS, 1, seqs=[1, 2])
+    plan = attention.plan_step([tokens, *case.query_lens], [tokens, *case.lens], PARAMS, 2, seqs=[1, 2])
     attention.run(
         query, case.key_cache, case.value_cache, table, attention.to_device(plan, DEVICE), PARAMS, case.scale, out,
         implementation=implementation,
@@ -120,10 +120,10 @@ def test_what_the_kernels_do_not_count_is_refused(case):
         **{name: case.arguments[name][:, :, :1].expand(-1, -1, 130, -1) for name in ("key_cache", "value_cache")},
     }  # fmt: skip
     assert many["key_cache"].shape == (*shape[:2], 130, shape[3])
-    with pytest.raises(ValueError, match="has length 16777215, supported are 16519104 with 130 rankings of each"):
+    with pytest.raises(ValueError, match="has length 16777215, supported are 8259552 with 260 rankings of each"):
         prefill_attention(**(case.arguments | many), params=PARAMS)
-    with pytest.raises(ValueError, match="supported are 8259552 with 260 rankings"):
-        prefill_attention(**(case.arguments | many), params=PARAMS.model_copy(update={"ranking": "query_head"}))
+    with pytest.raises(ValueError, match="supported are 16519104 with 130 rankings"):
+        prefill_attention(**(case.arguments | many), params=PARAMS.model_copy(update={"ranking": "kv_head"}))
 
 
 def test_places_of_rankings_fit_32_bits():

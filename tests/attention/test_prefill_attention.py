@@ -255,7 +255,7 @@ def size_of(buffers):
 WARM = {
     "default": S2OParams(),
     "thresholds of all ranks": S2OParams(dense_tail=0, threshold=(0.1,) * 8),
-    "a ranking for each query head": S2OParams(ranking="query_head"),
+    "a ranking for each KV head": S2OParams(ranking="kv_head"),
 }
 
 
@@ -350,7 +350,7 @@ def test_a_cache_of_more_elements_than_32_bits_count(implementation):
 
 def test_out_is_written_in_place_and_other_rows_are_left_alone():
     case = make_case([40, 100], [40, 100])
-    plan = attention.plan_step(case.query_lens, case.lens, DENSE, 2, [1])
+    plan = attention.plan_step(case.query_lens, case.lens, DENSE, 4, [1])
     out = torch.full_like(case.query, 7.0)
     attention.run(
         case.query, case.key_cache, case.value_cache, case.block_table, attention.to_device(plan, DEVICE),

@@ -57,7 +57,7 @@ def test_queries_in_fp8_too(implementation):
     """As vLLM hands them over beside such a cache."""
     fp8, _ = quantised(make_case(*LENGTHS, num_heads=4, num_kv_heads=2, head_size=64, dtype=DTYPE), 0.5, 4.0)
     query = (fp8.query / 0.25).to(torch.float8_e4m3fn)
-    plan = attention.to_device(attention.plan_step(fp8.query_lens, fp8.seq_lens.tolist(), SPARSE, 2), DEVICE)
+    plan = attention.to_device(attention.plan_step(fp8.query_lens, fp8.seq_lens.tolist(), SPARSE, 4), DEVICE)
     outs = []
     for given, factor in ((query, 0.25), (query.to(DTYPE) * 0.25, 1.0)):
         out = torch.zeros_like(fp8.query)

@@ -36,7 +36,7 @@ def test_profiling_reserves_what_no_plan_exceeds(start, monkeypatch, finished, r
 def test_plans_keep_within_a_small_workspace(start, monkeypatch, finished):
     monkeypatch.setattr(attention, "MAX_SLOTS", 1)
     sparse = start()
-    assert sparse.builder.s2o_slots == 1024 * tiny.NUM_KV_HEADS
+    assert sparse.builder.s2o_slots == 1024 * tiny.NUM_HEADS
     batch = Batch(sparse.layers[0], query_lens=[400, 400, 200], seq_lens=[700, 700, 1000])
     work = sparse.builder.build(0, batch.common).s2o
     assert len(work.plan.waves) > 1

@@ -24,7 +24,7 @@ def blocks_in_use(llm) -> int:
     [
         pytest.param(EXACT, id="exact", marks=pytest.mark.long),
         pytest.param(SPARSE, id="sparse"),
-        pytest.param({**SPARSE, "ranking": "query_head"}, id="query_head"),
+        pytest.param({**SPARSE, "ranking": "kv_head"}, id="kv_head"),
     ],
 )
 def test_a_cached_prefix(llama, witness, s2o):

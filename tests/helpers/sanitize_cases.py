@@ -23,7 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dense end": dict(params=dict(threshold=0.6, dense_tail=30), query_lens=[300, 1], seq_lens=[450, 90]),
     "long histories": dict(params=dict(threshold=0.6, reference_len=100)),
     "one half": dict(params=dict(threshold=0.3, tile_size=64, segment_len=64, key_block=32, stop_interval=1)),
-    "each query head": dict(params=dict(threshold=0.4, ranking="query_head")),
+    "each KV head": dict(params=dict(threshold=0.4, ranking="kv_head")),
     "fp16": dict(params=dict(threshold=0.7), dtype=torch.float16, head_size=64),
     "bad numbers": dict(params=dict(threshold=0.0), bad=True),
     "heads apart": dict(params=dict(threshold=0.4), layout="head_major"),

@@ -30,7 +30,7 @@ RULES = {
     "long histories": dict(threshold=0.4, reference_len=60),
     "dense end of a budget": dict(budget=0.1, dense_tail=1),
     # Histories that no interval divides, and for tiles of 64 no block either: a ranking ends between two tests.
-    "a ranking for each query head": dict(threshold=0.01, ranking="query_head"),
+    "a ranking for each KV head": dict(threshold=0.01, ranking="kv_head"),
     "odd histories": dict(threshold=0.002),
     "odd histories, long intervals": dict(threshold=0.002, stop_interval=8),
 }

@@ -99,11 +99,12 @@ def test_a_threshold_of_0_is_dense_attention(swept, name):
 
 @pytest.mark.parametrize("implementation", ["naive", "cpu"])
 @pytest.mark.parametrize("interval", [1, 2])
+@pytest.mark.parametrize("ranking", ["kv_head", "query_head"])
 @pytest.mark.parametrize("more", [{}, {"dense_tail": 40, "reference_len": 100}], ids=["plain", "as-shipped"])
-def test_s2o_stops_where_the_kernels_stop(inputs, implementation, interval, more):
+def test_s2o_stops_where_the_kernels_stop(inputs, implementation, interval, ranking, more):
     """For each threshold the same pairs and the same output as `prefill_attention`, from one pass over the history."""
     tokens, page = len(inputs.key), 16
-    rule = S2O(64, interval=interval, values=(0.0, 0.003, 0.02, 0.1), **SMALL, **more)
+    rule = S2O(64, ranking.replace("_", ""), interval=interval, values=(0.0, 0.003, 0.02, 0.1), **SMALL, **more)
     pages = -(-tokens // page)
     caches = [
         torch.cat([t, t.new_zeros(pages * page - tokens, *t.shape[1:])]).unflatten(0, (pages, page))
@@ -121,7 +122,7 @@ def test_s2o_stops_where_the_kernels_stop(inputs, implementation, interval, more
             seq_lens=torch.tensor([tokens], dtype=torch.int32), scale=inputs.scale, return_stats=True,
             params=S2OParams(
                 threshold=threshold, segment_len=64, tile_size=TILE, key_block=16, stop_interval=interval,
-                **{"dense_tail": 0, **more},
+                ranking=ranking, **{"dense_tail": 0, **more},
             ),
             implementation=implementation,
         )  # fmt: skip
@@ -210,6 +211,7 @@ def test_methods_have_names(name):
 
 def test_variants_of_s2o_have_names():
     assert method("s2o_512") == S2O()
+    assert method("s2o_512_kvhead") == S2O(ranking="kvhead") != S2O()
     assert method("s2o_256_mean_first1") == S2O(256, "mean", interval=1)
     assert method("s2o_256_first1_tail64_ref8192") == S2O(256, interval=1, dense_tail=64, reference_len=8192)
     assert method("s2o_256_every1_sorted") == S2O(256, interval=1, growing=False, num_classes=None)

@@ -191,7 +191,7 @@ def test_names_of_providers():
     said = {provider: words.name_of(provider) for provider in (*bench_modules.servers.PROVIDERS, "s2o_budget_2")}
     assert said == {
         "s2o": "S2O", "s2o_budget_10": "S2O, 10 % budget", "flash_attn": "dense (FLASH_ATTN)",
-        "s2o_budget_10_query_head": "S2O, 10 % budget, a ranking per query head", "s2o_budget_2": "S2O, 2 % budget",
+        "s2o_budget_10_kv_head": "S2O, 10 % budget, a ranking per KV head", "s2o_budget_2": "S2O, 2 % budget",
     }  # fmt: skip
     assert len({words.look_of(provider) for provider in bench_modules.servers.PROVIDERS}) == 3
-    assert set(bench_modules.servers.DEFAULT) == set(bench_modules.servers.PROVIDERS) - {"s2o_budget_10_query_head"}
+    assert set(bench_modules.servers.DEFAULT) == set(bench_modules.servers.PROVIDERS) - {"s2o_budget_10_kv_head"}

@@ -32,11 +32,11 @@ from .sweep import FIGURES, sweep
 from .text import REAL, SOURCES, SPLITS
 
 METHODS = (
-    "s2o_256_first1_headspread", "s2o_256_first1_headspread_tail64_ref8192",
-    "s2o_256_first1", "s2o_256", "s2o_512", "s2o_512_tail128_ref8192", "s2o_256_mean", "s2o_256_mean_every4",
+    "s2o_256_first1", "s2o_256_first1_tail64_ref8192", "s2o_512", "s2o_512_tail128_ref8192",
+    "s2o_256_kvhead_first1", "s2o_512_kvhead", "s2o_256_mean", "s2o_256_mean_every4",
     "pbs", "block_mean", "flashprefill", "xattention", "flexprefill", "top_k", "top_p",
 )  # fmt: skip
-"""The second and the sixth are what ships, for SmolLM2 and for models without a file of their own."""
+"""The second and the fourth are what ships, for SmolLM2 and for models without a file of their own."""
 
 COLUMNS = ("model", "seq_len", "split", "layer", "method", *FIGURES)
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from .results import Row
 
 NAMES = {
-    "s2o": "S2O", "fa3_paged": "FA3 on pages", "fa3": "FA3", "fa2": "FA2", "pbs": "PBS-Attn",
-    "flashprefill": "FlashPrefill", "flashprefill2": "FlashPrefill V2", "flexprefill": "FlexPrefill",
+    "s2o": "S2O", "s2o_kv_head": "S2O, a ranking per KV head", "fa3_paged": "FA3 on pages", "fa3": "FA3", "fa2": "FA2",
+    "pbs": "PBS-Attn", "flashprefill": "FlashPrefill", "flashprefill2": "FlashPrefill V2", "flexprefill": "FlexPrefill",
     "flash_attn": "dense (FLASH_ATTN)",
 }  # fmt: skip
 LOOK_OF = {
@@ -25,11 +25,11 @@ def name_of(provider: str) -> str:
     budget, _, ranked = provider.removeprefix("s2o_budget_").partition("_")
     if not budget.isdecimal():
         return NAMES.get(provider, provider)
-    return f"S2O, {budget} % budget" + (", a ranking per query head" if ranked == "query_head" else "")
+    return f"S2O, {budget} % budget" + (", a ranking per KV head" if ranked == "kv_head" else "")
 
 
 def look_of(provider: str) -> int:
-    if provider.endswith("_query_head"):
+    if provider.endswith("_kv_head"):
         return 3
     return 0 if provider.startswith("s2o") else LOOK_OF.get(provider, 8)
 

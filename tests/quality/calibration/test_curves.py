@@ -35,10 +35,11 @@ def test_short_prompts_have_enough_tiles(tokens, count):
     assert len(set(tiles)) == count and max(tiles) < -(-tokens // 128)
 
 
-def test_the_rule_is_what_the_parameters_say():
-    params = S2OParams(segment_len=256, stop_interval=3, num_classes=64, tile_size=64, key_block=32)
-    expected = S2O(256, interval=3, num_classes=64, tile=64, key_block=32, values=TAUS)
-    assert rule_of(params) == expected
+@pytest.mark.parametrize("ranking", ["kv_head", "query_head"])
+def test_the_rule_is_what_the_parameters_say(ranking):
+    params = S2OParams(segment_len=256, ranking=ranking, stop_interval=3, num_classes=64, tile_size=64, key_block=32)
+    rank = {"kv_head": "kvhead", "query_head": "queryhead"}[ranking]
+    assert rule_of(params) == S2O(256, rank, interval=3, num_classes=64, tile=64, key_block=32, values=TAUS)
 
 
 @pytest.mark.parametrize("tokens, tail", [(8192, 0), (8192, 128), (8191, 128), (1000, 300), (200, 500)])

@@ -36,10 +36,9 @@ class Curves(NamedTuple):
 
 def rule_of(params: S2OParams) -> S2O:
     """The oracle of what these parameters select, at every threshold of TAUS."""
-    ranking = "headspread" if params.ranking == "query_head" else "spread"
     return S2O(
-        params.segment_len, ranking=ranking, interval=params.stop_interval, num_classes=params.num_classes,
-        tile=params.tile_size, key_block=params.key_block, values=TAUS,
+        params.segment_len, ranking=params.ranking.replace("_", ""), interval=params.stop_interval,
+        num_classes=params.num_classes, tile=params.tile_size, key_block=params.key_block, values=TAUS,
     )  # fmt: skip
 
 

@@ -21,14 +21,14 @@ TAUS = (0.0, *(round(2e-4 * 1.55**step, 6) for step in range(20)))
 """Thresholds of a sweep, up to 0.83."""
 
 
-def spread(head: Head, segment: slice) -> torch.Tensor:
-    """As shipped: mean and spread over the segment's queries of all heads that share the keys."""
-    return naive.importance(head.key[: segment.start], head.queries[segment].flatten(0, 1))
-
-
-def head_spread(head: Head, segment: slice) -> torch.Tensor:
-    """The same of this head alone: a ranking for each query head."""
+def query_head(head: Head, segment: slice) -> torch.Tensor:
+    """As shipped: mean and spread over the segment's queries of this head."""
     return naive.importance(head.key[: segment.start], head.query[segment])
+
+
+def kv_head(head: Head, segment: slice) -> torch.Tensor:
+    """The same over those of all heads that share the keys: they share a ranking, too."""
+    return naive.importance(head.key[: segment.start], head.queries[segment].flatten(0, 1))
 
 
 def kv_mean(head: Head, segment: slice) -> torch.Tensor:
@@ -36,7 +36,7 @@ def kv_mean(head: Head, segment: slice) -> torch.Tensor:
     return head.key[: segment.start] @ head.queries[segment].mean((0, 1))
 
 
-RANKINGS = {"spread": spread, "headspread": head_spread, "mean": kv_mean}
+RANKINGS = {"queryhead": query_head, "kvhead": kv_head, "mean": kv_mean}
 """Scores of a segment's history, [history]: the higher, the earlier."""
 
 
@@ -45,7 +45,7 @@ class S2O(UnitRule):
     """S2O with tiles of `tile` rows and key blocks of `key_block` keys; its looseness is the threshold tau."""
 
     segment: int = 512
-    ranking: str = "spread"
+    ranking: str = "queryhead"
     interval: int = 2
     """Key blocks before the first test of the stop rule."""
     growing: bool = True
