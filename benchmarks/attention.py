@@ -140,16 +140,17 @@ def s2o_row(problem: Problem, params: S2OParams | None, exact: torch.Tensor, row
     """S2O with these parameters; None is a layer that its config leaves dense."""
     if params is None:
         return dict(provider="s2o", note="the model's config keeps this layer dense")
+    provider = "s2o" if params.ranking == DEFAULTS.ranking else f"s2o_{params.ranking}"
     mine = S2O(problem, params)
     if wrong := check_s2o(mine):
-        return not_reported("s2o", problem, wrong)
+        return not_reported(provider, problem, wrong)
     pairs = mine.run().sum().item()
     times = quantiles(mine.run)
     ranking = quantiles(replayed(mine.rank))[1]
     workspace = sum(buffer.nbytes for buffer in mine.workspace) / 2**20
     given = params.threshold
     return dict(
-        provider="s2o" if params.ranking == DEFAULTS.ranking else f"s2o_{params.ranking}",
+        provider=provider,
         density=round(pairs / mine.causal, 4),
         threshold=f"{given:.5f}" if isinstance(given, float) else threshold_range([params]),
         times=times,

@@ -13,9 +13,11 @@ import csv
 from pathlib import Path
 
 LABELS = {
-    "s2o": "S2O", "fa3_paged": "FA3, pages", "fa3": "FA3", "fa2": "FA2", "pbs": "PBS-Attn",
-    "flashprefill": "FlashPrefill", "flashprefill2": "FlashPrefill V2", "flexprefill": "FlexPrefill",
+    "s2o": "S2O", "s2o_kv_head": "S2O, a ranking per KV head", "fa3_paged": "FA3, pages", "fa3": "FA3", "fa2": "FA2",
+    "pbs": "PBS-Attn", "flashprefill": "FlashPrefill", "flashprefill2": "FlashPrefill V2", "flexprefill": "FlexPrefill",
 }  # fmt: skip
+OURS = ("s2o", "s2o_kv_head")
+"""The first of which there are rows is drawn."""
 COLOURS = {"s2o": "#d1495b", "fa3_paged": "#00798c", "fa3": "#66a5ad", "fa2": "#8d96a3"}
 COLOURS |= {"pbs": "#edae49", "flashprefill": "#7768ae", "flashprefill2": "#3f3351", "flexprefill": "#5fad56"}
 PEERS = ("pbs", "flashprefill", "flashprefill2", "flexprefill")
@@ -42,19 +44,19 @@ def lines(rows: list[dict[str, str]], provider: str, column: str) -> tuple[list[
     return [int(row["seq_len"]) for row in points], [float(row[column]) for row in points]
 
 
-def draw(rows: list[dict[str, str]], out: Path) -> None:
+def draw(rows: list[dict[str, str]], mine: str, out: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, (time, speed, error) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    ours = latest(rows, "s2o")
+    ours, label = latest(rows, mine), LABELS[mine]
     lengths = sorted({int(row["seq_len"]) for row in rows})
     for provider in ("fa2", "fa3", "fa3_paged"):
         time.plot(*lines(rows, provider, "ms_p50"), "o-", color=COLOURS[provider], label=LABELS[provider])
     x = [int(row["seq_len"]) for row in ours]
-    time.plot(x, [float(row["ms_p50"]) for row in ours], "o", color=COLOURS["s2o"], label=LABELS["s2o"])
+    time.plot(x, [float(row["ms_p50"]) for row in ours], "o", color=COLOURS["s2o"], label=label)
     for name in ("fa3_paged", "fa2"):
         beside = [row for row in ours if row[f"vs_{name}"]]  # where that kernel ran
         times = [float(row[f"vs_{name}"]) for row in beside]
@@ -89,7 +91,7 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
     speed.set_ylim(bottom=0)
     error.set_xlim(0, 1)
     error.set_yscale("log")
-    error.plot([], [], "o", color=COLOURS["s2o"], label=LABELS["s2o"])
+    error.plot([], [], "o", color=COLOURS["s2o"], label=label)
     error.legend(frameon=False, fontsize=8)
     error.set_xlabel("density: visited / causal pairs")
     error.set_title("Relative error (mean squares)", fontsize=10)
@@ -114,13 +116,14 @@ def main() -> None:
     if missing:
         parser.error(f"no such results file: {', '.join(missing)}")
     rows = read(options.results)
-    shapes = list(dict.fromkeys(row["shape"] for row in rows if row["provider"] == "s2o"))
+    mine = next((name for name in OURS if any(row["provider"] == name for row in rows)), OURS[0])
+    shapes = list(dict.fromkeys(row["shape"] for row in rows if row["provider"] == mine))
     if not shapes:
         parser.error("the results hold no row of s2o: there is nothing to draw")
     shape = options.shape or shapes[0]
     if shape not in shapes:
-        parser.error(f"the results hold no row of s2o for the shape '{shape}', only for: {'; '.join(shapes)}")
-    draw([row for row in rows if row["shape"] == shape], options.out)
+        parser.error(f"the results hold no row of {mine} for the shape '{shape}', only for: {'; '.join(shapes)}")
+    draw([row for row in rows if row["shape"] == shape], mine, options.out)
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def test_rows_are_written_and_drawn(modules, problem, tmp_path):
     assert (rows[0]["vs_fa3_paged"], rows[0]["vs_fa2"]) == ("4.00", "8.00")
     assert plot.lines(plot.read([path]), "fa2", "ms_p50") == ([2048], [16.0])
     if importlib.util.find_spec("matplotlib"):  # of the extra `bench`
-        plot.draw(rows, tmp_path / "a.png")
+        plot.draw(rows, "s2o", tmp_path / "a.png")
         assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
@@ -139,13 +139,25 @@ def test_a_picture_shows_one_shape(modules, tmp_path, monkeypatch, capsys):
     row, drawn = dict.fromkeys(attention.COLUMNS, "1"), []
     rows = [row | {"provider": p, "shape": s} for s in ("made", "layer 1") for p in ("s2o", "fa2")]
     attention.write(rows, tmp_path / "table.csv")
-    monkeypatch.setattr(plot, "draw", lambda rows, out: drawn.append({row["shape"] for row in rows}))
+    monkeypatch.setattr(plot, "draw", lambda rows, mine, out: drawn.append((mine, {row["shape"] for row in rows})))
     arguments = ["plot.py", str(tmp_path / "table.csv"), "--out", "unwritten.png"]
     for more in ([], ["--shape", "layer 1"]):
         monkeypatch.setattr(sys, "argv", [*arguments, *more])
         plot.main()
-    assert drawn == [{"made"}, {"layer 1"}]
+    assert drawn == [("s2o", {"made"}), ("s2o", {"layer 1"})]
     monkeypatch.setattr(sys, "argv", [*arguments, "--shape", "layer 2"])
     with pytest.raises(SystemExit):
         plot.main()
     assert capsys.readouterr().err.endswith("no row of s2o for the shape 'layer 2', only for: made; layer 1\n")
+
+
+def test_a_picture_of_a_shared_ranking_alone(modules, tmp_path, monkeypatch):
+    """A table from before, or of nothing else, is drawn; beside the default it is not."""
+    _, _, attention, plot = modules
+    row, drawn = dict.fromkeys(attention.COLUMNS, "1") | {"shape": "made"}, []
+    monkeypatch.setattr(plot, "draw", lambda rows, mine, out: drawn.append(mine))
+    for providers in (("s2o_kv_head", "fa2"), ("s2o_kv_head", "s2o")):
+        attention.write([row | {"provider": provider} for provider in providers], tmp_path / "table.csv")
+        monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "table.csv"), "--out", "unwritten.png"])
+        plot.main()
+    assert drawn == ["s2o_kv_head", "s2o"]

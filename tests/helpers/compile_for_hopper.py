@@ -52,12 +52,12 @@ def compile_for_hopper(
 def main() -> None:
     launch = hopper.Launch()
     attend = dict(
-        PAGE=16, GROUP=4, RANKED=4, D=128, HALVES=2, BLOCK=launch.block, UNIT=64, INTERVAL=4,
+        PAGE=16, GROUP=4, RANKED=1, D=128, HALVES=2, BLOCK=launch.block, UNIT=64, INTERVAL=4,
         STAGES=launch.num_stages, VISIT_REGISTERS=launch.visit_registers, GATHER_REGISTERS=launch.gather_registers,
     )  # fmt: skip
     print("attend", compile_for_hopper(hopper._attend, attend, num_warps=4, maxnreg=168))
     # Everything that the kernel does otherwise for other problems, at once.
-    attend |= dict(D=64, HALVES=1, RANKED=1)
+    attend |= dict(D=64, HALVES=1, RANKED=4)
     print("attend_other", compile_for_hopper(hopper._attend, attend, "fp16", num_warps=4, maxnreg=248))
     sort = dict(BLOCK=32 * vote.ROUNDS, CLASSES=vote.CLASSES)
     print("count", compile_for_hopper(vote.count, dict(BLOCKS=4, **sort), num_warps=1))
@@ -70,7 +70,7 @@ def main() -> None:
         query = torch.empty(1, 1, head_size, dtype=dtype, device="meta")
         score = rank.score_options(query, rank.MAX_SCORED_TOGETHER, 227 * 1024, strides[where])
         options = {name: score.pop(name) for name in ("num_warps", "num_stages")}
-        score |= dict(PAGE=16, D=head_size, BLOCK_D=block_dim(head_size), PART=rank.SCORE_PART, SHARING=1)
+        score |= dict(PAGE=16, D=head_size, BLOCK_D=block_dim(head_size), PART=rank.SCORE_PART, SHARING=4)
         score |= dict(CLASSES=32, LOGISTIC=naive.LOGISTIC / math.log(2))
         score |= {"stride_dim": 1} if strides[where][3] == 1 else {}
         options |= {"aligned": strides[where][2] % 16 == 0}

@@ -21,7 +21,7 @@ def compile_for(kernel, constants: dict, **options) -> int:
 
 def main() -> None:
     shape = dict(PAGE=16, D=128, BLOCK_D=128)
-    attend = shape | dict(GROUP=4, RANKED=4, TILE=128, UNIT=64, INTERVAL=2, PRECISION="tf32")
+    attend = shape | dict(GROUP=4, RANKED=1, TILE=128, UNIT=64, INTERVAL=2, PRECISION="tf32")
     print("attend", compile_for(prefill._attend, attend | {"BLOCK": 64}, num_warps=8, num_stages=3))
     marked = attend | {"BLOCK": math.gcd(128, 32)}
     print("marked", compile_for(prefill._attend_marked, marked | {"PARTS": 1}, num_warps=8, num_stages=1))
@@ -33,7 +33,7 @@ def main() -> None:
     built = dict(num_warps=options.num_warps, num_stages=options.num_stages)
     print("attend_wide", compile_for(prefill._attend, attend | wide, dtype="fp32", **built))
 
-    print("pool", compile_for(rank._pool, shape | {"GROUP": 4, "ROWS": 32}))
+    print("pool", compile_for(rank._pool, shape | {"GROUP": 1, "ROWS": 32}))
     scores = shape | dict(SHARING=4, SEGMENTS=64, KEYS=rank.SCORE_KEYS, PRECISION="tf32")
     print("spread", compile_for(rank._spread, scores | {"PART": SPREAD_KEYS}, num_warps=8, num_stages=3))
     score = scores | dict(PART=rank.SCORE_PART, CLASSES=32, LOGISTIC=naive.LOGISTIC / math.log(2))

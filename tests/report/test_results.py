@@ -136,6 +136,18 @@ def test_charts_of_one_layer_hold_one_gpu_and_one_shape(tmp_path):
     ]  # fmt: skip
 
 
+def test_both_rankings_of_one_table_are_told_apart(tmp_path):
+    write(tmp_path, "attention.csv", ATTENTION | {"provider": "s2o_kv_head", "ms_p50": "1.5"}, ATTENTION)
+    found = drawn(tmp_path)
+    names = ["S2O, a ranking per KV head", "S2O"]
+    assert told(found, "Time against length") == [
+        f"{name}, 8,192 tokens: {ms} ms at a density of 25 %" for name, ms in zip(names, ("1.5", "2"), strict=True)
+    ]
+    assert [c.words for c in named(found, "caption") if "speed" in c.words] == [
+        "S2O's speed on H100, a ranking per KV head", "S2O's speed on H100",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_missing_tables_are_named(tmp_path, name):
     write(tmp_path, name, ROWS[name])

@@ -7,7 +7,7 @@ from . import axes
 from .chart import Point, Series, chart
 from .markup import Markup, el, folded, joined, table
 from .results import Row
-from .words import LOOK_OF, conditions, error, figure, look_of, name_of, noted, percent, ratio
+from .words import LOOK_OF, conditions, error, figure, look_of, name_of, noted, ours, percent, ratio
 
 DENSE = ("fa3_paged", "fa3", "fa2")
 
@@ -17,11 +17,13 @@ DENSE = ("fa3_paged", "fa3", "fa2")
 def attention(rows: Sequence[Row]) -> Markup:
     """One layer's attention: time and error. Charts hold one GPU and shape, S2O's first ones; tables have all."""
     ran = [row for row in rows if row["ms_p50"]]
-    first = next((row for row in ran if row["provider"] == "s2o"), ran[0] if ran else None)
+    first = next((row for row in ran if ours(row["provider"])), ran[0] if ran else None)
     mine = [row for row in ran if first and (row["gpu"], row["shape"]) == (first["gpu"], first["shape"])]
     drawn = [draw(mine, mine[0]["shape"]) for draw in (_times, _errors) if mine]
     speeds = [
-        _speeds([row for row in ran if row["gpu"] == gpu], gpu) for gpu in dict.fromkeys(row["gpu"] for row in ran)
+        _speeds([row for row in ran if row["gpu"] == gpu], provider, gpu)
+        for gpu in dict.fromkeys(row["gpu"] for row in ran)
+        for provider in filter(ours, _providers(ran))
     ]
     return joined(
         (
@@ -41,7 +43,7 @@ def _times(rows: Sequence[Row], shape: str) -> Markup:
     for provider in _providers(shown):
         points = [
             Point(
-                row["seq_len"], row["ms_p50"], percent(row["density"]) if provider == "s2o" else "",
+                row["seq_len"], row["ms_p50"], percent(row["density"]) if ours(provider) else "",
                 f"{name_of(provider)}, {row['seq_len']:,} tokens: {row['ms_p50']:.4g} ms at a density of "
                 f"{percent(row['density'])}{noted(row)}",
             )
@@ -80,19 +82,20 @@ def _errors(rows: Sequence[Row], shape: str) -> Markup | None:
     )  # fmt: skip
 
 
-def _speeds(rows: Sequence[Row], gpu: str) -> Markup | None:
+def _speeds(rows: Sequence[Row], provider: str, gpu: str) -> Markup | None:
     """S2O against dense kernels of the same run; made inputs, which stand first in the table, before captured ones."""
     shapes = dict.fromkeys(row["shape"] for row in rows)
-    ours = [row for shape in shapes for row in _once([r for r in rows if r["shape"] == shape], "s2o")]
+    mine = [row for shape in shapes for row in _once([r for r in rows if r["shape"] == shape], provider)]
     columns = ("shape", "tokens", "density", "S2O, ms", "against FA3 on pages", "against FA2", "relative error")
     cells = [
         (
             row["shape"], f"{row['seq_len']:,}", percent(row["density"]), figure(row["ms_p50"]),
             ratio(row["vs_fa3_paged"]), ratio(row["vs_fa2"]), error(row["rel_error"]),
         )
-        for row in ours
+        for row in mine
     ]  # fmt: skip
-    return table(f"S2O's speed on {gpu}", columns, cells) if cells else None
+    which = name_of(provider).removeprefix("S2O")
+    return table(f"S2O's speed on {gpu}{which}", columns, cells) if cells else None
 
 
 def _attention_rows(rows: Sequence[Row]) -> Markup:
@@ -109,7 +112,7 @@ def _attention_rows(rows: Sequence[Row]) -> Markup:
 
 def _providers(rows: Sequence[Row]) -> list[str]:
     """S2O first, then in the order of the table."""
-    return sorted(dict.fromkeys(row["provider"] for row in rows), key=lambda provider: provider != "s2o")
+    return sorted(dict.fromkeys(row["provider"] for row in rows), key=lambda provider: not ours(provider))
 
 
 def _once(rows: Sequence[Row], provider: str) -> list[Row]:

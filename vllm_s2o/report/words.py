@@ -28,10 +28,15 @@ def name_of(provider: str) -> str:
     return f"S2O, {budget} % budget" + (", a ranking per KV head" if ranked == "kv_head" else "")
 
 
+def ours(provider: str) -> bool:
+    """Whether it is S2O, with whatever budget and ranking."""
+    return provider.startswith("s2o")
+
+
 def look_of(provider: str) -> int:
-    if provider.endswith("_kv_head"):
-        return 3
-    return 0 if provider.startswith("s2o") else LOOK_OF.get(provider, 8)
+    if ours(provider):
+        return 8 if provider.endswith("_kv_head") else 0
+    return LOOK_OF.get(provider, 8)
 
 
 def noted(row: Row) -> str:

@@ -3,9 +3,10 @@
 from vllm_s2o.config import ModelTraits, S2OParams
 
 RANKING_COST = 0.008
-"""Of the causal pairs, what the ranking of a long prompt costs at segments of 512: on an H100 a twentieth of the time
-at a tenth of the pairs visited, and half as much again for the spread (benchmarks/lab.md). Twice the segments, twice
-that; and with a ranking for each query head as many times that as query heads share keys."""
+"""Of the causal pairs, what a ranking for each KV head costs of a long prompt at segments of 512: on an H100 a
+twentieth of the time at a tenth of the pairs visited, and half as much again for the spread (benchmarks/lab.md). Twice
+the segments, twice that; and with a ranking for each query head as many times that as query heads share keys: of four
+measured 2.4 times at 32,768 tokens, and 4.6 at 131,072."""
 
 SPARSE_PAIR = 1.4
 """Time of a visited pair in that of a pair of dense attention: 600 TFLOP/s against 430 on an H100."""
@@ -25,7 +26,7 @@ def shortest(traits: ModelTraits, density: float, num_tokens: int, params: S2OPa
 
     A tile visits about as many keys of a short history as of a long one: what is a share of the pairs at `num_tokens`
     is a larger one of fewer. That is an estimate: at 50 / 30 / 20 % of 4,096 / 8,192 / 16,384 tokens S2O took 2.7 /
-    0.70 / 0.39 of the time of FlashAttention-3 (Llama-3.1-8B's shape).
+    0.70 / 0.39 of the time of FlashAttention-3 (Llama-3.1-8B's shape, a ranking for each KV head).
     """
     for exponent in range(10, 20):
         tokens = 2**exponent
