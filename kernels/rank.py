@@ -80,20 +80,18 @@ def _pool(
 
 @triton.jit
 def _scores(
-    Mean, Variance, Keys, table, segment, present, key, known, ranking, num_rankings,
+    Mean, Variance, Keys, table, segment, ranking, present, key, known, kv_head, num_rankings,
     stride_block, stride_token, stride_head, stride_dim,
-    PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SHARING: tl.constexpr, PRECISION: tl.constexpr,
+    PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[segments, keys] scores of the keys at some positions of their sequence: `naive.importance`, in bounds. SHARING
-    rankings are of the same keys."""
+    """[rankings, keys] scores of the keys at some positions of their sequence: `naive.importance`, in bounds."""
     d = tl.arange(0, BLOCK_D)
-    at = (segment[:, None] * num_rankings + ranking) * D + d[None, :]
+    at = (segment * num_rankings + ranking)[:, None] * D + d[None, :]
     pooled = present[:, None] & (d < D)[None, :]
     mean = tl.load(Mean + at, mask=pooled, other=0)
     variance = tl.load(Variance + at, mask=pooled, other=0)
     page = tl.load(table + key // PAGE, mask=known, other=0)
-    kv_head = (ranking // SHARING).to(tl.int64)
-    row = page.to(tl.int64) * stride_block + (key % PAGE) * stride_token + kv_head * stride_head
+    row = page.to(tl.int64) * stride_block + (key % PAGE) * stride_token + kv_head.to(tl.int64) * stride_head
     mask = known[None, :] & (d < D)[:, None]
     keys = tl.load(Keys + row[None, :] + (d * stride_dim)[:, None], mask=mask, other=0.0).to(mean.dtype)
     squares = keys.to(tl.float32)
@@ -102,6 +100,32 @@ def _scores(
     scores = tl.dot(mean, keys, input_precision=PRECISION) + _DEVIATIONS * spread
     scores = tl.where(scores == scores, scores, -_BOUND)
     return tl.minimum(tl.maximum(scores, -_BOUND), _BOUND)
+
+
+@triton.jit
+def _rankings(Segments, Groups, SHARING: tl.constexpr, COLUMNS: tl.constexpr):
+    """What a program scores of a group of segments: (KV head, sequence, longest history; segments, rankings, present).
+
+    SHARING rankings of each segment are of the same keys. Keys are read once for COLUMNS of these: few segments fill
+    the operand with the rankings of all heads that share them. The programs of a KV head take its columns in turn,
+    and there are as many as it has rankings: some are left without.
+    """
+    kv_head, turn = tl.program_id(1) // SHARING, tl.program_id(1) % SHARING
+    first = tl.load(Groups + tl.program_id(2) * 2)
+    columns = tl.load(Groups + tl.program_id(2) * 2 + 1) * SHARING
+    column = turn * COLUMNS + tl.arange(0, COLUMNS)
+    segment = first + column // SHARING
+    # The group's segments lie in falling order of history: the first of these sees every key that any sees.
+    leads = Segments + (first + turn * COLUMNS // SHARING) * 7
+    longest = tl.load(leads + 4, mask=turn * COLUMNS < columns, other=0)
+    return (
+        kv_head,
+        tl.load(Segments + first * 7),
+        longest,
+        segment,
+        kv_head * SHARING + column % SHARING,
+        column < columns,
+    )
 
 
 @triton.jit
@@ -118,27 +142,22 @@ def _spread(
     Mean, Variance, Keys, BlockTable, Segments, Groups, Spread, num_rankings, num_parts,
     stride_block, stride_token, stride_head, stride_dim, stride_table,
     PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SHARING: tl.constexpr,
-    SEGMENTS: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Count, mean and sum of squared deviations of one part of the sample, for up to SEGMENTS segments."""
-    part, ranking = tl.program_id(0), tl.program_id(1)
-    first = tl.load(Groups + tl.program_id(2) * 2)
-    count = tl.load(Groups + tl.program_id(2) * 2 + 1)
-    longest = tl.load(Segments + first * 7 + 4)
-    member = tl.arange(0, SEGMENTS)
-    segment = first + member
-    present = member < count
+    """Count, mean and sum of squared deviations of one part of the sample, for up to COLUMNS rankings."""
+    part = tl.program_id(0)
+    kv_head, seq, longest, segment, ranking, present = _rankings(Segments, Groups, SHARING, COLUMNS)
     history = tl.load(Segments + segment * 7 + 4, mask=present, other=0)
-    table = BlockTable + tl.load(Segments + first * 7).to(tl.int64) * stride_table
-    n = tl.zeros([SEGMENTS], tl.float32)
-    mean = tl.zeros([SEGMENTS], tl.float32)
-    squares = tl.zeros([SEGMENTS], tl.float32)
+    table = BlockTable + seq.to(tl.int64) * stride_table
+    n = tl.zeros([COLUMNS], tl.float32)
+    mean = tl.zeros([COLUMNS], tl.float32)
+    squares = tl.zeros([COLUMNS], tl.float32)
     for start in range(part * PART, (part + 1) * PART, KEYS):
         key = (start + tl.arange(0, KEYS)) * _EVERY + _FIRST
         if start * _EVERY < longest:
             scores = _scores(
-                Mean, Variance, Keys, table, segment, present, key, key < longest, ranking, num_rankings,
-                stride_block, stride_token, stride_head, stride_dim, PAGE, D, BLOCK_D, SHARING, PRECISION,
+                Mean, Variance, Keys, table, segment, ranking, present, key, key < longest, kv_head, num_rankings,
+                stride_block, stride_token, stride_head, stride_dim, PAGE, D, BLOCK_D, PRECISION,
             )  # fmt: skip
             visible = (key[None, :] < history[:, None]) & (tl.abs(scores) < _BOUND)
             # Each block around its own mean, then joined: one sum of squares would drown in a large common offset.
@@ -157,28 +176,21 @@ def _score(
     Mean, Variance, Keys, BlockTable, Segments, Groups, Spread, Classes, num_rankings, num_parts,
     stride_block, stride_token, stride_head, stride_dim, stride_table,
     PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SHARING: tl.constexpr,
-    SEGMENTS: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr, CLASSES: tl.constexpr,
+    COLUMNS: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr, CLASSES: tl.constexpr,
     LOGISTIC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Importance classes of PART keys in one ranking for up to SEGMENTS segments of one sequence."""
+    """Importance classes of PART keys in up to COLUMNS rankings of them."""
     begin_key = tl.program_id(0) * PART
-    ranking = tl.program_id(1)
-    first = tl.load(Groups + tl.program_id(2) * 2)
-    count = tl.load(Groups + tl.program_id(2) * 2 + 1)
-    # The group's segments lie in falling order of history: the first sees every key that any sees.
-    longest = tl.load(Segments + first * 7 + 4)
+    kv_head, seq, longest, segment, ranking, present = _rankings(Segments, Groups, SHARING, COLUMNS)
     if begin_key >= longest:
         return
-    member = tl.arange(0, SEGMENTS)
-    segment = first + member
-    present = member < count
     history = tl.load(Segments + segment * 7 + 4, mask=present, other=0)
     offset = tl.load(Segments + segment * 7 + 6, mask=present, other=0)
-    table = BlockTable + tl.load(Segments + first * 7).to(tl.int64) * stride_table
+    table = BlockTable + seq.to(tl.int64) * stride_table
 
-    n = tl.zeros([SEGMENTS], tl.float32)
-    mean = tl.zeros([SEGMENTS], tl.float32)
-    squares = tl.zeros([SEGMENTS], tl.float32)
+    n = tl.zeros([COLUMNS], tl.float32)
+    mean = tl.zeros([COLUMNS], tl.float32)
+    squares = tl.zeros([COLUMNS], tl.float32)
     for part in range(num_parts):
         at = Spread + ((segment * num_rankings + ranking) * num_parts + part) * 3
         n_here = tl.load(at, mask=present, other=0)
@@ -192,8 +204,8 @@ def _score(
     for start in range(begin_key, tl.minimum(begin_key + PART, longest), KEYS):
         key = start + tl.arange(0, KEYS)
         scores = _scores(
-            Mean, Variance, Keys, table, segment, present, key, key < longest, ranking, num_rankings,
-            stride_block, stride_token, stride_head, stride_dim, PAGE, D, BLOCK_D, SHARING, PRECISION,
+            Mean, Variance, Keys, table, segment, ranking, present, key, key < longest, kv_head, num_rankings,
+            stride_block, stride_token, stride_head, stride_dim, PAGE, D, BLOCK_D, PRECISION,
         )  # fmt: skip
         # The square root of the logistic function.
         share = tl.rsqrt(1 + tl.exp2((scores - mean[:, None]) * slope[:, None]))
@@ -277,17 +289,17 @@ def _place(
 
 
 def score_options(query, together: int, shared: int, strides: tuple[int, int, int, int]) -> dict:
-    """Tiles of the kernels that score keys, for segments that are scored `together` at most, within `shared` bytes.
+    """Tiles of the kernels that score keys, for rankings that are scored `together` at most, within `shared` bytes.
     Stages take more of it where a key's elements lie apart, or its beginning anywhere: `strides` are those of the cache
     [blocks, block_size, kv_heads, size]."""
     width = block_dim(query.shape[2]) * wide(query).itemsize
-    segments = max(together, 16)
+    columns = max(together, 16)
     aligned = strides[3] == 1 and all(stride % 16 == 0 for stride in strides[:3])  # as Triton specialises
     stages = 3 if aligned or width <= SCORE_ROW else 2
     return dict(
-        SEGMENTS=segments, KEYS=SCORE_KEYS * SCORE_ROW // max(width, SCORE_ROW), PRECISION=dot_precision(query),
+        COLUMNS=columns, KEYS=SCORE_KEYS * SCORE_ROW // max(width, SCORE_ROW), PRECISION=dot_precision(query),
         # Without a pipeline on GPUs whose shared memory holds what the attention needs, and not three stages of keys.
-        num_warps=8 if segments > 32 else 4, num_stages=stages if shared >= 128 * 1024 else 1,
+        num_warps=8 if columns > 32 else 4, num_stages=stages if shared >= 128 * 1024 else 1,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import torch
 from .naive import SAMPLE_EVERY
 
 MAX_SCORED_TOGETHER = 64
-"""Segments whose mean queries form one matrix operand."""
+"""Rankings of the same keys whose mean queries form one matrix operand, and the most segments of a group."""
 SORT_BLOCK = 512
 """Keys counted together, and placed together by one warp; below 2^16, which is what a running count may reach."""
 SPREAD_KEYS = 1024

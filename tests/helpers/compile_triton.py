@@ -34,7 +34,7 @@ def main() -> None:
     print("attend_wide", compile_for(prefill._attend, attend | wide, dtype="fp32", **built))
 
     print("pool", compile_for(rank._pool, shape | {"GROUP": 1, "ROWS": 32}))
-    scores = shape | dict(SHARING=4, SEGMENTS=64, KEYS=rank.SCORE_KEYS, PRECISION="tf32")
+    scores = shape | dict(SHARING=4, COLUMNS=64, KEYS=rank.SCORE_KEYS, PRECISION="tf32")
     print("spread", compile_for(rank._spread, scores | {"PART": SPREAD_KEYS}, num_warps=8, num_stages=3))
     score = scores | dict(PART=rank.SCORE_PART, CLASSES=32, LOGISTIC=naive.LOGISTIC / math.log(2))
     print("score", compile_for(rank._score, score, num_warps=8, num_stages=3))
