@@ -148,7 +148,7 @@ COUNTED = [(8192, 512, 1.0), (8192, 256, 2.43), (131072, 512, 3.76), (131072, 25
 
 @pytest.mark.parametrize("chunk, segment_len, times", COUNTED)
 def test_more_rankings_read_the_keys_more_often(chunk, segment_len, times):
-    """Where they fill more operands, and fewer segments fit a wave: `docs/how-it-works.md` says so of 131,072 tokens."""
+    """They fill more operands, and fewer segments fit a wave: `docs/how-it-works.md` says so of 131,072 tokens."""
 
     def read(num_rankings: int) -> int:
         """By 8 KV heads: `kernels/rank.py` reads keys once for so many of their rankings, longest histories first."""
