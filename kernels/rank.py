@@ -344,7 +344,8 @@ def rank_keys(
         query, segments, mean, variance, num_rankings, query.stride(0), query.stride(1), GROUP=group, ROWS=32, **dims
     )
     where = (*key_cache.stride(), block_table.stride(0))
-    together = 1 if len(groups) == count else MAX_SCORED_TOGETHER
+    # The heads of one segment alone leave most of a large operand empty.
+    together = sharing if len(groups) == count and sharing <= 16 else MAX_SCORED_TOGETHER
     product = score_options(query, together, shared_memory(query.device), key_cache.stride())
     product |= dict(PAGE=block_size, SHARING=sharing, **dims)
     _spread[(num_parts, num_rankings, len(groups))](

@@ -137,10 +137,13 @@ def test_ranking_of_segments_that_are_scored_together(count, heads):
     assert_same_rankings(case, wave, num_rankings=num_heads)
 
 
-def test_ranking_of_more_rankings_than_one_operand_holds():
-    """Of keys that more heads share than an operand has columns, in groups of one segment and of two."""
-    case = make_case([96, 16], [96, 64], num_heads=40, num_kv_heads=1, head_size=16)
-    assert_same_rankings(case, one_wave(case, segment_len=48, tile_size=16, num_rankings=40), num_rankings=40)
+@pytest.mark.parametrize("query_len, length", [(16, 64), (144, 144)], ids=["one segment", "several"])
+@pytest.mark.parametrize("sharing", [16, 17, 40, 71])
+def test_ranking_of_keys_that_many_heads_share(query_len, length, sharing):
+    """More heads than the small operand has columns, and than the large one; a segment is cut between two of them."""
+    case = make_case([query_len], [length], num_heads=sharing, num_kv_heads=1, head_size=16)
+    wave = one_wave(case, segment_len=48, tile_size=16, num_rankings=sharing)
+    assert_same_rankings(case, wave, num_rankings=sharing)
 
 
 @pytest.mark.parametrize("implementation", ["naive", *IMPLEMENTATIONS])
