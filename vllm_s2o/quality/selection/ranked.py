@@ -37,7 +37,8 @@ def kv_mean(head: Head, segment: slice) -> torch.Tensor:
 
 
 RANKINGS = {"queryhead": query_head, "kvhead": kv_head, "mean": kv_mean}
-"""Scores of a segment's history, [history]: the higher, the earlier."""
+"""Scores of a segment's history, [history]: the higher, the earlier. Their names are words of a
+method's name, which underscores join."""
 
 
 @dataclass(frozen=True)
