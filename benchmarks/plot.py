@@ -61,6 +61,8 @@ def draw(rows: list[dict[str, str]], mine: str, out: Path) -> None:
     for name in ("fa3_paged", "fa2"):
         beside = [row for row in ours if row[f"vs_{name}"]]  # where that kernel ran
         times = [float(row[f"vs_{name}"]) for row in beside]
+        if not beside:
+            continue
         at = [int(row["seq_len"]) for row in beside]
         speed.plot(at, times, "o", color=COLOURS[name], label=f"against {LABELS[name]}")
     by_density = sorted(ours, key=lambda row: float(row["density"]))
@@ -98,7 +100,8 @@ def draw(rows: list[dict[str, str]], mine: str, out: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     row = ours[0]
-    made = f"{row['gpu']}, {row['shape']}, bf16, torch {row['torch']}, Triton {row['triton']}, vLLM {row['vllm']}"
+    dtype = "" if "fp8" in row["shape"] else ", bf16"
+    made = f"{row['gpu']}, {row['shape']}{dtype}, torch {row['torch']}, Triton {row['triton']}, vLLM {row['vllm']}"
     dates = sorted({row["date"] for row in rows})
     figure.suptitle(f"{made}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}", fontsize=9)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from vllm_s2o.quality.calibration import search
 from vllm_s2o.quality.calibration.choose import cheapest
 from vllm_s2o.quality.calibration.curves import Curves
 from vllm_s2o.quality.calibration.search import DENSE, Budget, CalibrationError
-from vllm_s2o.quality.calibration.speed import RANKING_COST, ranking_cost
+from vllm_s2o.quality.calibration.speed import ranking_cost
 
 TRAITS = ModelTraits("model", "LlamaForCausalLM", 1, 4, 1, 64)
 VALUES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
@@ -92,9 +92,11 @@ def test_a_density_below_all_is_told_and_one_segment_length_is_enough(lengths):
 def test_more_rankings_cost_more():
     """Pairs that shorter segments leave out must be worth the rankings."""
     given = {name: [curves((1e-4, 9), floor=floor)] for name, floor in (("256", 0.05), ("512", 0.07))}
-    chosen = {}
+    chosen, cost = {}, {}
     for ranking in ("kv_head", "query_head"):
         params = {name: S2OParams(segment_len=int(name), ranking=ranking) for name in given}
         chosen[ranking], _ = cheapest(Budget(max_relative_error=0.02), given, params, TRAITS)
-        assert ranking_cost(params["512"], TRAITS) == RANKING_COST * (1 if ranking == "kv_head" else 4)
+        cost[ranking] = ranking_cost(params["512"], TRAITS)
+        assert ranking_cost(params["256"], TRAITS) == 2 * cost[ranking], "twice as many segments"
+    assert 2 < cost["query_head"] / cost["kv_head"] < 4, "four heads read the keys once"
     assert chosen == {"kv_head": "256", "query_head": "512"}

@@ -1,12 +1,14 @@
-"""What S2O's parts cost in time, as far as a choice depends on it: figures of an H100 (benchmarks/lab.md)."""
+"""What S2O's parts cost in time, as far as a choice depends on it: figures of Hopper GPUs (benchmarks/lab.md)."""
 
 from vllm_s2o.config import ModelTraits, S2OParams
 
-RANKING_COST = 0.008
-"""Of the causal pairs, what a ranking for each KV head costs of a long prompt at segments of 512: on an H100 a
-twentieth of the time at a tenth of the pairs visited, and half as much again for the spread (benchmarks/lab.md). Twice
-the segments, twice that; and with a ranking for each query head as many times that as query heads share keys: of four
-measured 2.4 times at 32,768 tokens, and 4.6 at 131,072."""
+KEYS_COST = 0.003
+"""Of the causal pairs, what reading the keys costs, however many rankings of them are made, at segments of 512. Twice
+the segments, twice that."""
+
+RANKING_COST = 0.005
+"""And each ranking of a KV head's keys: one, or as many as query heads share the keys. Together, on an H200 with four
+heads to a KV head, 0.013 and 0.027 of the pairs at 32,768 tokens, 0.006 and 0.022 at 131,072 (attention-h200.csv)."""
 
 SPARSE_PAIR = 1.4
 """Time of a visited pair in that of a pair of dense attention: 600 TFLOP/s against 430 on an H100."""
@@ -18,7 +20,7 @@ LAUNCH = 0.4e-3 * 600e12
 def ranking_cost(params: S2OParams, traits: ModelTraits) -> float:
     """Of the causal pairs, what the rankings of a long prompt cost."""
     rankings = params.num_rankings(traits.num_heads, traits.num_kv_heads) / traits.num_kv_heads
-    return RANKING_COST * 512 / params.segment_len * rankings
+    return (KEYS_COST + RANKING_COST * rankings) * 512 / params.segment_len
 
 
 def shortest(traits: ModelTraits, density: float, num_tokens: int, params: S2OParams) -> int:
