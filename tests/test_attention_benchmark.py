@@ -121,6 +121,16 @@ def test_rows_are_written_and_drawn(modules, problem, tmp_path):
     if importlib.util.find_spec("matplotlib"):  # of the extra `bench`
         plot.draw(rows, "s2o", tmp_path / "a.png")
         assert (tmp_path / "a.png").stat().st_size > 10_000
+        assert legends(0) == {"S2O", "FA3, pages", "FA2"} and legends(1) == {"against FA3, pages", "against FA2"}
+        plot.draw([row | {"vs_fa2": ""} for row in rows if row["provider"] != "fa2"], "s2o", tmp_path / "b.png")
+        assert legends(0) == {"S2O", "FA3, pages"} and legends(1) == {"against FA3, pages"}, "what did not run"
+
+
+def legends(panel: int) -> set[str]:
+    """Of the picture that was drawn last."""
+    from matplotlib import pyplot
+
+    return {text.get_text() for text in pyplot.gcf().axes[panel].get_legend().get_texts()}
 
 
 def test_a_table_is_added_to(modules, tmp_path):
