@@ -60,9 +60,9 @@ def draw(rows: list[dict[str, str]], mine: str, out: Path) -> None:
     time.plot(x, [float(row["ms_p50"]) for row in ours], "o", color=COLOURS["s2o"], label=label)
     for name in ("fa3_paged", "fa2"):
         beside = [row for row in ours if row[f"vs_{name}"]]  # where that kernel ran
-        times = [float(row[f"vs_{name}"]) for row in beside]
         if not beside:
             continue
+        times = [float(row[f"vs_{name}"]) for row in beside]
         at = [int(row["seq_len"]) for row in beside]
         speed.plot(at, times, "o", color=COLOURS[name], label=f"against {LABELS[name]}")
     by_density = sorted(ours, key=lambda row: float(row["density"]))

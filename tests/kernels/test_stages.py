@@ -65,19 +65,14 @@ def test_columns_of_the_segment_table():
     assert [naive.HISTORY, naive.VISIT_LIMIT, naive.OFFSET] == [4, 5, 6]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("ranked", ["kv_head", "query_head"])
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_ranking(implementation, shape, heads, ranked):
-    """A permutation of each history in which no key stands a class before a better one."""
-    num_heads, num_kv_heads = HEADS[heads]
-    case = make_case(**SHAPES[shape], num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=32)
-    num_rankings = S2OParams(ranking=ranked).num_rankings(num_heads, num_kv_heads)
-    wave = one_wave(case, num_rankings=num_rankings)
+def each_ranking(implementation, case, wave, num_rankings=None):
+    """(oracle's, the implementation's) slots of each history in order of importance: a permutation of it in which no
+    key stands a class before a better one."""
+    num_heads, num_kv_heads = case.query.shape[1], case.key_cache.shape[2]
+    num_rankings = num_rankings or num_kv_heads
+    group = num_heads // num_rankings
     theirs = rank(naive, case, wave, num_rankings=num_rankings)
     ours = rank(stages(implementation, DEVICE), case, wave, num_rankings=num_rankings)
-    group = num_heads // num_rankings
     for segment in wave.segments.tolist():
         rows = slice(segment[naive.QUERY_ROW], segment[naive.QUERY_ROW] + segment[naive.NUM_QUERIES])
         for ranking in range(num_rankings):
@@ -92,11 +87,24 @@ def test_ranking(implementation, shape, heads, ranked):
             by_position = naive.importance_classes(naive.importance(keys, queries), 32)
             by_slot = torch.zeros(int(history.max()) + 1, dtype=torch.int32, device=DEVICE)
             by_slot[history.long()] = by_position
-            classes = by_slot[b.long()]
-            assert (classes[1:] >= classes[:-1] - 1).all()  # a key on a border may be rounded across it
-            assert ((classes[1:] >= classes[:-1]).float().mean() > 0.95) or len(a) < 64
-            # Rounding may move a key across a class border, rarely.
-            assert (a != b).float().mean() < 0.05 or len(a) < 64
+            found = by_slot[b.long()]
+            assert (found[1:] >= found[:-1] - 1).all()  # a key on a border may be rounded across it
+            assert ((found[1:] >= found[:-1]).float().mean() > 0.95) or len(a) < 64
+            yield a, b
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("ranked", ["kv_head", "query_head"])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ranking(implementation, shape, heads, ranked):
+    num_heads, num_kv_heads = HEADS[heads]
+    case = make_case(**SHAPES[shape], num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=32)
+    num_rankings = S2OParams(ranking=ranked).num_rankings(num_heads, num_kv_heads)
+    wave = one_wave(case, num_rankings=num_rankings)
+    for a, b in each_ranking(implementation, case, wave, num_rankings):
+        # Rounding may move a key across a class border, rarely.
+        assert (a != b).float().mean() < 0.05 or len(a) < 64
 
 
 def in_order(ours, theirs) -> int:
@@ -109,22 +117,19 @@ def in_order(ours, theirs) -> int:
     return len(ends)
 
 
-def assert_same_rankings(case, wave, classes=32, num_rankings=None):
-    """Each history ranked as the oracle ranks it, up to keys that rounding moves across a class border."""
-    theirs = rank(naive, case, wave, classes, num_rankings)
+def assert_same_rankings(case, wave, num_rankings=None, moved=None):
+    """Each history ranked as the oracle ranks it, up to keys that rounding moves across a class border.
+    `moved`: the share of places that may hold another key; in short histories one key moves many."""
     for implementation in IMPLEMENTATIONS:
-        ours = rank(stages(implementation, DEVICE), case, wave, classes, num_rankings)
-        for segment in wave.segments.tolist():
-            for ranking in range(num_rankings or case.key_cache.shape[2]):
-                a, b = (naive.ranking_of(x, segment, ranking) for x in (theirs, ours))
-                assert torch.equal(a.sort().values, b.sort().values)
-                assert in_order(b, a) >= 0.99 * len(a)
+        for a, b in each_ranking(implementation, case, wave, num_rankings):
+            assert in_order(b, a) >= 0.99 * len(a)
+            assert moved is None or (a != b).sum() <= moved * len(a)
 
 
 def test_ranking_of_histories_longer_than_a_sort_block():
     length = 2 * SORT_BLOCK + 700
     case = make_case([100], [length], num_heads=2, num_kv_heads=1, head_size=16)
-    assert_same_rankings(case, one_wave(case))
+    assert_same_rankings(case, one_wave(case), moved=0.01)
 
 
 @pytest.mark.parametrize("count", [MAX_SCORED_TOGETHER + 9, MAX_SCORED_TOGETHER, 23, 2])
@@ -134,7 +139,7 @@ def test_ranking_of_segments_that_are_scored_together(count, heads):
     num_heads, num_kv_heads = heads
     case = make_case([count * 16], [count * 16], num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=16)
     wave = one_wave(case, segment_len=16, tile_size=16, num_rankings=num_heads)
-    assert_same_rankings(case, wave, num_rankings=num_heads)
+    assert_same_rankings(case, wave, num_heads, moved=0.01 if heads == (1, 1) and count > MAX_SCORED_TOGETHER else None)
 
 
 @pytest.mark.parametrize("query_len, length", [(16, 64), (144, 144)], ids=["one segment", "several"])
@@ -143,7 +148,7 @@ def test_ranking_of_keys_that_many_heads_share(query_len, length, sharing):
     """More heads than the small operand has columns, and than the large one; a segment is cut between two of them."""
     case = make_case([query_len], [length], num_heads=sharing, num_kv_heads=1, head_size=16)
     wave = one_wave(case, segment_len=48, tile_size=16, num_rankings=sharing)
-    assert_same_rankings(case, wave, num_rankings=sharing)
+    assert_same_rankings(case, wave, sharing)
 
 
 @pytest.mark.parametrize("implementation", ["naive", *IMPLEMENTATIONS])
