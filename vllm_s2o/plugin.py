@@ -17,6 +17,11 @@ MIXING = (
     "prompts, to another: let only servers with this config use the store, and neither switch S2O off nor ask for "
     "dense prompts."
 )
+HANDED_OVER = (
+    "s2o: %s hands an engine keys and values as another one computed them, whatever its own config and decision say, "
+    "and they stay in its prefix cache: give both engines the same config, send a request that asks to run dense to "
+    "both so, and switch S2O off and on in both."
+)
 
 
 def register() -> None:
@@ -63,9 +68,13 @@ def check(vllm_config) -> None:
     unseen = requests.unseen_steps(vllm_config)
     if unseen is not None:
         logger.warning("s2o: no switch, no dense requests, and figures without requests: %s.", unseen)
-    mixing = sorted(set(requests.kv_connectors(vllm_config)) - requests.SALTED_CONNECTORS)
-    if mixing:
-        logger.warning(MIXING, ", ".join(mixing))
+    connectors = set(requests.kv_connectors(vllm_config)) - requests.SALTED_STORES
+    for doubt, named in (
+        (MIXING, connectors - requests.HANDING_OVER),
+        (HANDED_OVER, connectors & requests.HANDING_OVER),
+    ):
+        if named:
+            logger.warning(doubt, ", ".join(sorted(named)))
     from vllm_s2o import metrics
 
     metrics.begin(str(model_config.model), logger)

@@ -1,6 +1,7 @@
 """`vllm-s2o switch`: which servers run, and S2O off and on in one of them."""
 
 import os
+import shutil
 import tempfile
 
 import pytest
@@ -56,6 +57,27 @@ def test_off_and_on(command, server):
     assert command("switch", "--json").document == [{"server": os.getpid(), "model": "some/model", "on": False}]
     assert command("switch", "on").out == f"{line} on for new prompts\n"
     assert place.here().on and figures().on
+
+
+def test_what_metrics_cannot_show_is_switched_all_the_same(command, server, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vllm_s2o.metrics.switch.write_alone", full)
+    assert command("switch", "off").out.endswith("S2O is off for new prompts\n")
+    assert not place.here().on
+
+
+def test_a_switch_that_cannot_be_set_is_said_to_be_as_it_was(command, server):
+    server.directory.chmod(0o500)
+    if os.access(server.directory, os.W_OK):  # root may write everywhere
+        shutil.rmtree(server.directory / place.OFF, ignore_errors=True)
+        (server.directory / place.OFF).mkdir()
+        ended = command("switch", "on")
+    else:
+        ended = command("switch", "off")
+    assert ended.status == 1
+    assert ended.sentence.startswith("vllm-s2o: the switch is as it was: ")
 
 
 def test_of_several_servers_one_is_named(command, two):

@@ -14,6 +14,7 @@ def machine(monkeypatch, tmp_path_factory):
     temporary = tmp_path_factory.mktemp("machine")
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     monkeypatch.setattr(place, "_mine", None)
+    monkeypatch.setattr(place, "_off", False)
     # What `establish` sets is to be gone afterwards.
     monkeypatch.setenv(place.VARIABLE, "")
     monkeypatch.delenv(place.VARIABLE)

@@ -58,8 +58,27 @@ def test_a_client_may_choose_a_long_name(recorder):
     done = prompt("x" * 50_000)
     for _ in range(RECENT):
         recorder.prompt(done)
-    assert figures().prompts == {"x" * LONGEST_ID: 0.25}
+    (name,) = figures().prompts
+    assert len(name) == LONGEST_ID
     assert len(done.line()) < 300
+
+
+def test_long_names_are_told_apart(recorder):
+    """By what vLLM puts at their ends."""
+    recorder.prompt(prompt("x" * 200 + "-0-1a2b3c4d"))
+    recorder.prompt(prompt("x" * 200 + "-0-5e6f7a8b"))
+    first, second = figures().prompts
+    assert first.startswith("x" * 90) and first.endswith("x-0-1a2b3c4d") and second.endswith("x-0-5e6f7a8b")
+
+
+@pytest.mark.parametrize("char", ["\n", "\r", "\x1b", "\0", "\u2028", "\u202e", "\ud800"])
+def test_a_name_is_one_line_whatever_a_client_puts_into_it(recorder, char):
+    done = prompt(f"mine{char}s2o: request forged")
+    assert done.line().isprintable()
+    assert done.line().startswith("s2o: request mine\\") and char not in done.line()
+    recorder.prompt(done)
+    (name,) = figures().prompts
+    assert name.isprintable() and name.endswith("s2o: request forged")
 
 
 TWO_THREADS = """

@@ -130,6 +130,34 @@ def test_what_a_killed_server_leaves_is_removed_by_the_next_one(holder):
     assert [str(server.directory) for server in place.running()] == [alive.directory]
 
 
+def test_a_server_whose_lock_was_cleaned_up_goes_on(holder):
+    """By a program that removes what is old and asks for no lock."""
+    one = holder()
+    (Path(one.directory) / place.OFF).touch()
+    os.unlink(one.directory + ".lock")
+    holder()
+    (server,) = (server for server in place.running() if str(server.directory) == one.directory)
+    assert not server.on
+    one.end(signal.SIGKILL)
+    place.sweep()
+    assert not os.path.exists(one.directory)
+
+
+def test_the_switch_stays_as_it_was_when_it_is_cleaned_up(monkeypatch, holder):
+    one = holder()
+    monkeypatch.setenv(place.VARIABLE, one.directory)
+    assert not place.switched_off()
+    off = Path(one.directory) / place.OFF
+    off.touch()
+    os.utime(off, (0, 0))
+    assert place.switched_off()
+    assert off.stat().st_mtime > 0, "or it would be old one day"
+    shutil.rmtree(one.directory)
+    assert place.switched_off()
+    Path(one.directory).mkdir()
+    assert not place.switched_off(), "switched on by hand"
+
+
 def test_a_running_server_is_left_alone(holder):
     one, _ = holder(), holder()
     place.sweep()
@@ -205,6 +233,12 @@ def test_a_directory_that_others_may_change_is_not_used(tmp_path, wrong):
     with pytest.raises(PermissionError, match="not a directory that this user alone can write to"):
         place.establish("some/model")
     assert place.VARIABLE not in os.environ
+    assert place.here() is None
+    if wrong != "file":
+        theirs = place.base() / f"{os.getpid()}-theirs"
+        theirs.mkdir()
+        (theirs / place.ABOUT).write_text(json.dumps({"pid": 1, "model": "theirs", "figures": "/anywhere"}))
+        assert place.running() == [], "a server of somebody else's would have the switch written where they say"
 
 
 def test_files_of_vllms_own_directory_are_for_several_api_servers(monkeypatch, tmp_path):
@@ -213,6 +247,13 @@ def test_files_of_vllms_own_directory_are_for_several_api_servers(monkeypatch, t
     assert place.figures_directory() == tmp_path
     assert json.loads((made / place.ABOUT).read_text())["figures"] == str(tmp_path)
     assert place.running()[0].figures == tmp_path
+
+
+def test_a_directory_for_figures_is_the_same_from_everywhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(place.MERGED, "figures")
+    place.establish("some/model")
+    assert place.running()[0].figures == tmp_path / "figures"
 
 
 def test_a_variable_that_names_nothing_is_none(monkeypatch, tmp_path):

@@ -22,7 +22,7 @@ from vllm_configs import configured
 import vllm_s2o
 from vllm_s2o import compat, metrics, plugin
 from vllm_s2o.compat import requests
-from vllm_s2o.metrics import place
+from vllm_s2o.metrics import place, switch
 from vllm_s2o.metrics.figures import figures
 from vllm_s2o.metrics.switch import SALT, admit, set_switch
 
@@ -213,11 +213,28 @@ def test_stores_that_may_mix_are_warned_of(store, warned, monkeypatch):
     assert [line.split()[1] for line in lines if "may key what it stores by tokens alone" in line] == warned
 
 
+@pytest.mark.parametrize(
+    ("store", "warned"),
+    [
+        (None, []),
+        ({"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}, []),
+        ({"kv_connector": "SomeoneElses", "kv_role": "kv_both"}, []),
+        ({"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}, ["NixlConnector"]),
+        ({"kv_connector": "MooncakeConnector", "kv_role": "kv_producer"}, ["MooncakeConnector"]),
+    ],
+)
+def test_engines_that_take_what_another_one_computed_are_warned(store, warned, monkeypatch):
+    lines = []
+    monkeypatch.setattr(compat.logger(), "warning", lambda line, *values: lines.append(line % values))
+    plugin.check(configured(store=store))
+    assert [line.split()[1] for line in lines if "as another one computed them" in line] == warned
+
+
 def test_known_connectors_are_vllms():
     """A name that vLLM does not have would hide the warning for another one."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-    assert set(KVConnectorFactory._registry) >= requests.SALTED_CONNECTORS
+    assert set(KVConnectorFactory._registry) >= requests.SALTED_STORES | requests.HANDING_OVER
 
 
 # -- the hooks --------------------------------------------------------------------------------------------------------
@@ -452,7 +469,19 @@ def test_a_machine_without_a_place_serves_all_the_same(logger):
     metrics.begin("some/model", logger)
     (line,) = logger.lines
     assert line.startswith("s2o: no figures and no switch: ")
+    assert place.here() is None and place.running() == []
     assert carried(decided(configured())) is None
+
+
+def test_figures_that_cannot_be_written_leave_the_switch(logger, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(switch, "write_alone", full)
+    metrics.begin("some/model", logger)
+    assert [line.split(", ")[0] for line in logger.lines] == ["s2o: new prompts are sparse"]
+    set_switch(False)
+    assert not place.here().on and carried(decided(configured())) == "off"
 
 
 def test_a_copy_of_the_parameters_is_enough():

@@ -35,7 +35,10 @@ def switch(state: str | None, pid: int | None, as_json: bool) -> None:
             raise click.ClickException(f"several servers run: {named}; name one with --server.")
         from vllm_s2o.metrics.switch import set_switch
 
-        set_switch(state == "on", servers[0])
+        try:
+            set_switch(state == "on", servers[0])
+        except OSError as error:
+            raise click.ClickException(f"the switch is as it was: {error}.") from None
     if as_json:
         print_json([_document(server) for server in servers])
         return

@@ -102,13 +102,13 @@ def kv_connectors(vllm_config) -> list[str]:
     return [one.get("kv_connector", "unknown") for one in several] or [transfer.kv_connector]
 
 
-SALTED_CONNECTORS = {
-    # Their keys are block hashes, which the salt is part of, or hold the salt itself.
-    *("OffloadingConnector", "SimpleCPUOffloadConnector", "MooncakeStoreConnector", "LMCacheMPConnector"),
-    # They hand a request's blocks to one other engine, and keep none.
-    *("NixlConnector", "NixlPullConnector", "NixlPushConnector", "MooncakeConnector", "MoRIIOConnector"),
-}
-"""Connectors that never mix the blocks of two salts."""
+SALTED_STORES = {"OffloadingConnector", "SimpleCPUOffloadConnector", "MooncakeStoreConnector", "LMCacheMPConnector"}
+"""Connectors that never mix the blocks of two salts: their keys are block hashes, which the salt is part of, or hold
+the salt itself."""
+
+HANDING_OVER = {"NixlConnector", "NixlPullConnector", "NixlPushConnector", "MooncakeConnector", "MoRIIOConnector"}
+"""Connectors that hand a request's blocks to one other engine, which caches them under the salt that it gives the
+request itself."""
 
 
 def unseen_steps(vllm_config) -> str | None:

@@ -35,7 +35,7 @@ def begin(model: str, logger: logging.Logger) -> None:
         if directory != before and server is not None:
             if server.figures != directory:
                 channel.remove(server.figures)
-            switch.show(server, True)
+            switch.show(server, True, logger)
     except OSError as error:
         logger.warning("s2o: no figures and no switch: %s.", error)
         return

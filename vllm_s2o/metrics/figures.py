@@ -52,7 +52,7 @@ RECENT = 16
 """Prompts whose figures are shown one by one, of each process. Every one is a time series to Prometheus."""
 
 LONGEST_ID = 128
-"""Characters of a request's id that are told: clients may choose it."""
+"""Characters of a request's id that are told. Clients choose its beginning; vLLM makes its end, which no other has."""
 
 SPARSE, DENSE = "sparse", "dense"
 
@@ -91,11 +91,19 @@ class Prompt:
         """Of the whole prompt: what skipping saved in some chunks is little where others were dense."""
         return density(self.visited, self.causal)
 
+    @property
+    def name(self) -> str:
+        """The request's id as it is told: in one line, whatever a client has put into it, and not too long."""
+        shown = "".join(
+            char if char.isprintable() else char.encode("unicode_escape").decode() for char in self.request_id
+        )
+        return shown if len(shown) <= LONGEST_ID else f"{shown[: LONGEST_ID - 35]}...{shown[-32:]}"
+
     def line(self) -> str:
         """For the log."""
         reason = f" ({self.kept_dense})" if self.kept_dense else ""
         return (
-            f"s2o: request {self.request_id[:LONGEST_ID]} prompt={self.length} cached={self.cached} "
+            f"s2o: request {self.name} prompt={self.length} cached={self.cached} "
             f"sparse={self.tokens[SPARSE]} dense={self.tokens[DENSE]} density={self.density:.3f}{reason}"
         )
 
@@ -166,7 +174,7 @@ class Recorder:
         """One whose prefill is complete. Called by the thread that runs the steps, and by the one of `stats`."""
         if writer := self._to():
             labels = {
-                "request_id": prompt.request_id[:LONGEST_ID],
+                "request_id": prompt.name,
                 "tokens": str(prompt.length),
                 "reason": prompt.kept_dense or "",
             }

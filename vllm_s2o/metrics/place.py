@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,10 +58,14 @@ def _own_base() -> Path:
     path = base()
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
-    found = path.lstat()
-    if not path.is_dir() or path.is_symlink() or found.st_uid != os.getuid() or found.st_mode & 0o022:
+    if not _is_own(path):
         raise PermissionError(f"{path} is not a directory that this user alone can write to")
     return path
+
+
+def _is_own(path: Path) -> bool:
+    found = path.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 def establish(model: str, started: bool = False) -> Path:
@@ -83,7 +88,7 @@ def establish(model: str, started: bool = False) -> Path:
     directory = parent / name
     directory.mkdir(mode=0o700)
     merged = os.environ.get(MERGED)
-    figures = Path(merged) if merged else directory
+    figures = Path(merged).absolute() if merged else directory  # another program reads it, from where it stands
     about = {"pid": os.getpid(), "model": model, "figures": str(figures)}
     (directory / ABOUT).write_text(json.dumps(about))
     os.environ[VARIABLE] = str(directory)
@@ -119,10 +124,23 @@ def current() -> Path | None:
     return Path(given) if given and Path(given).is_dir() else None
 
 
+_off = False
+"""What the switch of this process's server was when it was last seen."""
+
+
 def switched_off() -> bool:
-    """Whether the switch of the server that this process belongs to is off."""
+    """Whether the switch of the server that this process belongs to is off. Once its directory is gone, nobody can
+    switch any more: then it stays as it was."""
+    global _off
     given = os.environ.get(VARIABLE)
-    return bool(given) and os.path.exists(f"{given}/{OFF}")
+    if not given:
+        return False
+    try:
+        os.utime(f"{given}/{OFF}")  # and it is young again, for those that clean old files up
+        _off = True
+    except OSError:
+        _off = os.path.exists(f"{given}/{OFF}") or (_off and not os.path.isdir(given))
+    return _off
 
 
 def figures_directory() -> Path | None:
@@ -140,18 +158,30 @@ def _alive(directory: Path) -> bool:
     try:
         with open(f"{directory}.lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
     except FileNotFoundError:
-        pass
+        # Nobody here removes a lock before its directory: who cleans old files up has. Its process is what is left.
+        return _runs(directory.name.partition("-")[0])
+    except OSError:  # locked, or what cannot be told: then it is not ours to remove
+        return True
     return False
+
+
+def _runs(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except PermissionError:
+        return True
+    except (OSError, ValueError, OverflowError):
+        return False
+    return True
 
 
 def _directories() -> list[Path]:
     try:
-        return sorted(path for path in base().iterdir() if path.is_dir() and not path.is_symlink())
-    except FileNotFoundError:
+        found = list(base().iterdir()) if _is_own(base()) else []
+    except OSError:  # there is none
         return []
+    return sorted(path for path in found if path.is_dir() and not path.is_symlink())
 
 
 def sweep() -> None:

@@ -5,6 +5,7 @@ and a request keeps its path whatever is switched meanwhile, also one that comes
 gets a cache salt: vLLM's prefix cache then never gives it keys and values of a sparse run, nor the other way round.
 """
 
+import logging
 from typing import Any
 
 from vllm_s2o.compat import requests
@@ -31,6 +32,7 @@ def set_switch(on: bool, server: place.Server | None = None) -> None:
 
     Raises:
         LookupError: there is no such server.
+        OSError: the switch could not be set, and is as it was.
     """
     server = place.here() if server is None else server
     if server is None:
@@ -39,12 +41,15 @@ def set_switch(on: bool, server: place.Server | None = None) -> None:
         (server.directory / place.OFF).unlink(missing_ok=True)
     else:
         (server.directory / place.OFF).touch()
-    show(server, on)
+    show(server, on, logging.getLogger(__name__))
 
 
-def show(server: place.Server, on: bool) -> None:
-    """On /metrics."""
-    write_alone(server.figures, f"switch-{server.pid}", ENABLED, [({}, float(on))])
+def show(server: place.Server, on: bool, logger: logging.Logger) -> None:
+    """On /metrics. What is shown decides nothing: where it cannot be written, the logger has it."""
+    try:
+        write_alone(server.figures, f"switch-{server.pid}", ENABLED, [({}, float(on))])
+    except OSError as error:
+        logger.warning("s2o: new prompts are %s, which /metrics does not show: %s.", "sparse" if on else "dense", error)
 
 
 def admit(vllm_config: Any, engine_request: Any) -> None:
