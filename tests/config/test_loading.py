@@ -353,7 +353,13 @@ def test_digest(write):
     assert digest() == digest({"threshold": 0.02}) == digest(traits=replace(OTHER, name="x"))
     assert digest({"layers": one}) == digest({"layers": two})
     assert digest({"budget": 0.1}) == digest({"config": write("params: {threshold: 0.1}\n"), "budget": 0.1}) != digest()
-    given = [None, {"threshold": 0.1}, {"segment_len": 256}, {"min_seq_len": 5}, {"min_query_len": 5}, {"layers": one}]
+    other = dict(
+        threshold=0.1, reference_len=None, budget=0.1, segment_len=256, tile_size=64, key_block=32, stop_interval=1,
+        num_classes=16, dense_tail=0, ranking="kv_head",
+    )  # fmt: skip
+    assert other.keys() == S2OParams.model_fields.keys(), "what is in no hash mixes with what another config computed"
+    given = [None, {"min_seq_len": 5}, {"min_query_len": 5}, {"layers": one}]
+    given += [{name: value} for name, value in other.items()]
     assert len({digest(g) for g in given}) == len(given)
 
 

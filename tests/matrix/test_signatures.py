@@ -66,6 +66,9 @@ def test_an_override_takes_what_its_base_takes(owner, name, base, sources, versi
         call_problem(ours.args, bound(ours), 0, (*arguments, *keywords), more),
     ]
     assert problems == [None, None], f"{owner}.{name} must take what {base}.{name} takes: {arguments} {keywords}"
+    places = [a.arg for a in (*ours.args.posonlyargs, *ours.args.args)][bound(ours) :]
+    shared = min(len(places), len(arguments))
+    assert places[:shared] == arguments[:shared], f"{owner}.{name} takes in another order what {base}.{name} takes"
 
 
 CALLS = {
