@@ -22,9 +22,10 @@ def blocks_in_use(llm) -> int:
 @pytest.mark.parametrize(
     "s2o",
     [
-        pytest.param(EXACT, id="exact", marks=pytest.mark.long),
+        # Where these models skip they err so much that half of a history could be left out unseen. Not here.
+        pytest.param(EXACT, id="exact"),
         pytest.param(SPARSE, id="sparse"),
-        pytest.param({**SPARSE, "ranking": "kv_head"}, id="kv_head"),
+        pytest.param({**SPARSE, "ranking": "kv_head"}, id="kv_head", marks=pytest.mark.long),
     ],
 )
 def test_a_cached_prefix(llama, witness, s2o):
