@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What cutting a prompt into chunks, or a cached prefix, does to S2O's error and density on a model's own attention.
 
-    python benchmarks/chunks.py MODEL --out TABLE.csv [--tokens 8192] [--cuts 2048 2000 1000 500 4080+]
+    python benchmarks/chunks.py MODEL --out TABLE.csv [--tokens 8192] [--cuts 2048 2000 1000 500 200 130 4080+]
 
 A chunk that ends inside a segment leaves its queries there a ranking of their own, made from fewer of them. `1000` cuts
 after each 1,000 tokens; `4080+` once, after 4,080, as a cached prefix does. Each layer runs with the thresholds that
@@ -30,7 +30,7 @@ COLUMNS = (
     "density_vs_whole", "error_vs_whole", "worst_error_vs_whole",
 )  # fmt: skip
 WHOLE = "whole"
-CUTS = ("2048", "2000", "1000", "500", "4080+")
+CUTS = ("2048", "2000", "1000", "500", "200", "130", "4080+")
 
 
 def ends(cut: str, tokens: int) -> list[int]:
