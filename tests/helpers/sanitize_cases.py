@@ -1,7 +1,7 @@
 """A few kernel cases for `compute-sanitizer`, which runs them some hundred times slower: see `benchmarks/sanitize.sh`.
 
 Together they take both paths (Gluon and Triton alone), the layouts of caches, histories that end inside a block, tiles
-that stop early, and tiles that are computed again.
+that stop early, tiles that are computed again, and memory with gaps.
 """
 
 import argparse
@@ -29,9 +29,27 @@ CASES: dict[str, dict[str, Any]] = {
     "heads apart": dict(params=dict(threshold=0.4), layout="head_major"),
     "head size 96, 16 classes": dict(params=dict(threshold=0.3, num_classes=16), head_size=96, layout="separate"),
     "fp8 caches": dict(params=dict(threshold=0.3), fp8=True),
+    # What the fault in README's "Limits" had.
+    "head size 32, gaps": dict(
+        params=dict(threshold=0.3, tile_size=64, segment_len=64),
+        head_size=32,
+        page=32,
+        num_heads=4,
+        num_kv_heads=2,
+        layout="separate",
+        gaps=True,
+    ),
     "budget": dict(params=dict(budget=0.3), layout="transposed_keys", page=32),
 }
 DEFAULTS: dict[str, Any] = dict(num_heads=2, num_kv_heads=1, head_size=128, dtype=torch.bfloat16, layout="joined_rows")
+
+
+def with_gaps(cache: torch.Tensor) -> torch.Tensor:
+    """The same in memory where nothing is aligned and no row follows another one."""
+    blocks, page, heads, size = cache.shape
+    memory = torch.full((heads, blocks, page + 1, size + 3), float("nan"), dtype=cache.dtype, device=cache.device)
+    found = memory.permute(1, 2, 0, 3)[:, :page, :, :size]
+    return found.copy_(cache)
 
 
 def run(name: str, implementation: Implementation) -> None:
@@ -39,10 +57,13 @@ def run(name: str, implementation: Implementation) -> None:
     params = S2OParams(**{"dense_tail": 0, "segment_len": 128, "stop_interval": 1} | options.pop("params"))
     bad = options.pop("bad", False)
     fp8 = options.pop("fp8", False)
+    gaps = options.pop("gaps", False)
     case = make_case(**SMALL | DEFAULTS | options)
     if fp8:
         key_cache, value_cache = (cache.to(torch.float8_e4m3fn) for cache in (case.key_cache, case.value_cache))
         case = dataclasses.replace(case, key_cache=key_cache, value_cache=value_cache)
+    if gaps:
+        case = dataclasses.replace(case, key_cache=with_gaps(case.key_cache), value_cache=with_gaps(case.value_cache))
     if bad:
         block, place = int(case.block_table[0, 3]), 5
         case.value_cache[block, place, 0, 7] = float("nan")
