@@ -165,20 +165,25 @@ async def send(server: Server, asked: list[Request], concurrency: int) -> Told:
     return told
 
 
-def gauges(server: Server) -> dict[str, float]:
-    """Requests that run or wait, and the share of the caches in use."""
+IN_USE = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+"""Requests that run or wait, and the share of the caches in use."""
+TIMED = ("vllm_s2o_attention_seconds_total", "vllm_s2o_ranking_seconds_total")
+"""Of one layer a step."""
+
+
+def shown(server: Server, names: tuple[str, ...]) -> dict[str, float]:
+    """On /metrics, those that are not 0."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    names = {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"}
     with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=60) as answer:
         families = list(text_string_to_metric_families(answer.read().decode()))
-    return {s.name: s.value for family in families for s in family.samples if s.name in names}
+    return {s.name: s.value for family in families for s in family.samples if s.name in names and s.value}
 
 
 def emptied(server: Server, seconds: float = 60) -> dict[str, float]:
     """What is still in use after a while, by name."""
     deadline = time.monotonic() + seconds
-    while (held := {k: v for k, v in gauges(server).items() if v}) and time.monotonic() < deadline:
+    while (held := shown(server, IN_USE)) and time.monotonic() < deadline:
         time.sleep(1)
     return held
 
@@ -214,11 +219,17 @@ def run(backend: str, options: argparse.Namespace, logs: Path) -> tuple[Told, di
         if server.process.poll() is not None:
             sys.exit(f"load.py: the {backend} server ended while it was asked:\n{server.tail()}")
         held = emptied(server)
+        attention, ranking = map(shown(server, TIMED).get, TIMED)
         seen, compiled = density(server.log), compiled_while_serving(server.log)
     print(
         f"{backend}: {len(told.ttft)} answered, {told.left} left, {len(told.failed)} failed in {seconds:.0f} s",
         flush=True,
     )
+    if attention and ranking:
+        print(
+            f"{backend}: {attention:.2f} s of it in a layer's sparse attention, ranking {ranking / attention:.0%}",
+            flush=True,
+        )
     wrong = [f"{len(told.failed)} requests failed, the first with {told.failed[0]}"] if told.failed else []
     if compiled:
         wrong.append(f"{len(compiled)} kernels were compiled while it served, the first: {compiled[0]}")

@@ -108,6 +108,7 @@ def run(monkeypatch, tmp_path):
         monkeypatch.setattr(load, "send", send)
         monkeypatch.setattr(load, "serve", lambda *_: Server())
         monkeypatch.setattr(load, "emptied", lambda server: dict(held))
+        monkeypatch.setattr(load, "shown", lambda server, names: dict(zip(names, (2.0, 0.5), strict=True)))
         options = argparse.Namespace(**vars(OPTIONS) | {"model": str(tmp_path), "server": []})
         return load.run("s2o", options, tmp_path)[1:]
 
@@ -117,8 +118,9 @@ def run(monkeypatch, tmp_path):
 FLAT = [1000.0] * 80
 
 
-def test_a_server_that_stays_as_it_was(run):
+def test_a_server_that_stays_as_it_was(run, capsys):
     row, wrong = run(load.Told(ttft={0: 0.1, 1: 0.2, 5: 0.3}, host=FLAT))
+    assert "s2o: 2.00 s of it in a layer's sparse attention, ranking 25%" in capsys.readouterr().out
     assert wrong == []
     assert (row["answered"], row["failed"], row["host_mib_half"], row["host_mib_end"]) == (3, 0, 1000, 1000)
     assert row["device_mib_end"] is None
