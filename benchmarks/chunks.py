@@ -99,7 +99,7 @@ def parse() -> argparse.Namespace:
         "--layers", type=int, nargs="+", help="by default the first, the middle and the last sparse one"
     )
     parser.add_argument("--text", nargs="+", default=["code", "prose"], help="built-in texts or files")
-    parser.add_argument("--cuts", nargs="+", help="by default 2048, 2000, 1000, 500 and 4080+, where they are shorter")
+    parser.add_argument("--cuts", nargs="+", help=f"by default {', '.join(CUTS)}, where they are shorter")
     options = parser.parse_args()
     if options.cuts is None:
         options.cuts = [cut for cut in CUTS if int(cut.removesuffix("+")) < options.tokens]

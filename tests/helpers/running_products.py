@@ -17,8 +17,11 @@ import triton
 NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 LABEL = re.compile(r"(\.L_x_\d+):")
 INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*(\S+)\s*(.*?)\s*;")
-PRODUCT = re.compile(r"HGMMA\.64x(\d+)x\d+\S*\s+(\S+?),\s+(\S+?),")
+PRODUCT = re.compile(r"HGMMA\.64x(\d+)x\d+\S* (R\d+), (?:(R\d+), )?gdesc\[\S+, (?:\2|RZ)(?=,|$)")
 WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)")
+UNKNOWN = re.compile(r"\w*GMMA|WARPGROUP\.DEPBAR|BRX|JMP|JMX|CALL|RET")
+"""What would have to be understood before anything is said of a kernel with it; those of these that are, come first."""
+LABELLED = re.compile(r"\.L_x_\d+")
 REGISTER = re.compile(r"(?<![A-Z])R(\d+)(\.64)?")
 LEFT = 4
 """Registers of a left operand: 64 rows of 16 columns of 16 bits, over 128 threads."""
@@ -59,18 +62,19 @@ def _common(some: range, others: frozenset[range]) -> bool:
     return any(set(some) & set(other) for other in others)
 
 
-def _after(text: str, running: tuple[Group, ...]) -> tuple[tuple[Group, ...], bool]:
+def _after(text: str, predicate: str | None, running: tuple[Group, ...]) -> tuple[tuple[Group, ...], bool]:
     """The groups that run after an instruction, and whether it touched what one of them needs."""
-    if waited := WAIT.match(text):
+    waited, product = WAIT.match(text), PRODUCT.match(text)
+    if waited and predicate is None and all(group.complete for group in running):
         return running[max(0, len(running) - int(waited[1], 16)) :], False
-    if not (product := PRODUCT.match(text)):
+    if not product or predicate is not None:
+        if UNKNOWN.match(text):
+            raise SystemExit(f"{predicate or ''} {text}: such an instruction is not followed".strip())
         named = _named(text)
         return running, any(named & set(needed) for group in running for needed in group.accumulators | group.lefts)
     size, into, left = product.groups()
-    first = int(REGISTER.match(into)[1])
-    accumulator = range(first, first + int(size) // 2)
-    found = REGISTER.match(left)
-    lefts = frozenset([range(int(found[1]), int(found[1]) + LEFT)]) if found else frozenset()
+    accumulator = range(int(into[1:]), int(into[1:]) + int(size) // 2)
+    lefts = frozenset([range(int(left[1:]), int(left[1:]) + LEFT)]) if left else frozenset()
     touched = any(
         _common(accumulator, group.lefts)
         or any(_common(operand, group.accumulators) for operand in lefts)
@@ -91,25 +95,32 @@ def check_running_products(sass: str) -> int:
         SystemExit: one of them needs a register that another instruction touches before it is waited for.
     """
     code: list[tuple[str, str | None, str]] = []
-    labels = {}
+    labels: dict[str, int] = {}
     for line in sass.splitlines():
         if label := LABEL.match(line):
             labels[label[1]] = len(code)
         elif found := INSTRUCTION.match(line):
             code.append((found[1], found[2], f"{found[3]} {found[4]}"))
-    paths: list[tuple[int, tuple[Group, ...]]] = [(0, ())]
+    # Where to go on, the groups that run there, and where the threads of each barrier meet.
+    paths: list[tuple[int, tuple[Group, ...], tuple[tuple[str, int], ...]]] = [(0, (), ())]
     seen = set()
     while paths:
-        at, running = paths.pop()
-        while at < len(code) and (at, running) not in seen:
-            seen.add((at, running))
+        at, running, meeting = paths.pop()
+        while at < len(code) and (at, running, meeting) not in seen:
+            seen.add((at, running, meeting))
             address, predicate, text = code[at]
-            running, touched = _after(text, running)
+            running, touched = _after(text, predicate, running)
             if touched:
                 raise SystemExit(f"at {address}, {text} touches what a running product needs")
-            if text.startswith("BRA"):
-                paths.append((labels[re.search(r"\.L_x_\d+", text)[0]], running))
-            if predicate is None and re.match(r"(BRA|EXIT)\b(?!.*\bU?P\d)", text):
+            goal = labels[LABELLED.search(text)[0]] if re.match("BRA|BSSY", text) else None
+            if text.startswith("BSSY"):
+                barrier = text.split()[1].strip(",")
+                meeting = (*(other for other in meeting if other[0] != barrier), (barrier, goal))
+            elif text.startswith("BSYNC"):
+                goal = dict(meeting)[text.split()[1]]
+            if text.startswith(("BRA", "BSYNC")):
+                paths.append((goal, running, meeting))
+            if predicate is None and re.match(r"(BRA(?!\.DIV)|EXIT|BSYNC)\b(?!.*\bU?P\d)", text):
                 break
             at += 1
     return sum(bool(PRODUCT.match(text)) for _, _, text in code)

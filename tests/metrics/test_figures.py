@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from processes import ROOT
@@ -61,6 +62,14 @@ def test_a_client_may_choose_a_long_name(recorder):
     (name,) = figures().prompts
     assert len(name) == LONGEST_ID
     assert len(done.line()) < 300
+
+
+def test_a_very_long_name_costs_no_time():
+    """Nothing of it is looked at but what is told."""
+    done = prompt("\0" * 50_000_000)
+    began = time.monotonic()
+    assert len(done.name) < 6 * LONGEST_ID
+    assert time.monotonic() - began < 1
 
 
 def test_long_names_are_told_apart(recorder):

@@ -473,6 +473,16 @@ def test_a_machine_without_a_place_serves_all_the_same(logger):
     assert carried(decided(configured())) is None
 
 
+def test_figures_that_cannot_be_removed_leave_the_switch(logger, monkeypatch, tmp_path):
+    monkeypatch.setenv(place.MERGED, str(tmp_path))
+    (tmp_path / "counter_s2o-1.db").mkdir()  # cannot be unlinked
+    metrics.begin("some/model", logger)
+    (line,) = logger.lines
+    assert line.startswith(f"s2o: /metrics counts what an earlier server left in {tmp_path}: ")
+    set_switch(False)
+    assert not place.here().on
+
+
 def test_figures_that_cannot_be_written_leave_the_switch(logger, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -13,6 +13,7 @@ another one.
 import contextlib
 import logging
 import os
+from pathlib import Path
 
 from vllm_s2o.metrics import place
 
@@ -34,7 +35,7 @@ def begin(model: str, logger: logging.Logger) -> None:
         server = place.here()
         if directory != before and server is not None:
             if server.figures != directory:
-                channel.remove(server.figures)
+                _remove_figures(server.figures, logger)
             switch.show(server, True, logger)
     except OSError as error:
         logger.warning("s2o: no figures and no switch: %s.", error)
@@ -43,3 +44,13 @@ def begin(model: str, logger: logging.Logger) -> None:
         _shown.add(os.getpid())
         with contextlib.suppress(ValueError):
             REGISTRY.register(channel.Collector(directory, logger))
+
+
+def _remove_figures(directory: Path, logger: logging.Logger) -> None:
+    """Those of a server that has ended, in the user's directory: they would add up with ours."""
+    from vllm_s2o.metrics import channel
+
+    try:
+        channel.remove(directory)
+    except OSError as error:
+        logger.warning("s2o: /metrics counts what an earlier server left in %s: %s.", directory, error)

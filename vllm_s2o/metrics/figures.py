@@ -94,10 +94,10 @@ class Prompt:
     @property
     def name(self) -> str:
         """The request's id as it is told: in one line, whatever a client has put into it, and not too long."""
-        shown = "".join(
-            char if char.isprintable() else char.encode("unicode_escape").decode() for char in self.request_id
-        )
-        return shown if len(shown) <= LONGEST_ID else f"{shown[: LONGEST_ID - 35]}...{shown[-32:]}"
+        told = self.request_id
+        if len(told) > LONGEST_ID:  # before anything is done with it: it may be very long
+            told = f"{told[: LONGEST_ID - 35]}...{told[-32:]}"
+        return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in told)
 
     def line(self) -> str:
         """For the log."""

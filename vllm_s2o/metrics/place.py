@@ -135,11 +135,10 @@ def switched_off() -> bool:
     given = os.environ.get(VARIABLE)
     if not given:
         return False
-    try:
-        os.utime(f"{given}/{OFF}")  # and it is young again, for those that clean old files up
-        _off = True
-    except OSError:
-        _off = os.path.exists(f"{given}/{OFF}") or (_off and not os.path.isdir(given))
+    for name in (ABOUT, OFF):
+        with contextlib.suppress(OSError):
+            os.utime(f"{given}/{name}")  # young again, for those that clean old files up
+    _off = os.path.exists(f"{given}/{OFF}") or (_off and not os.path.isdir(given))
     return _off
 
 
