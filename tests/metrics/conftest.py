@@ -5,6 +5,7 @@ import tempfile
 
 import pytest
 
+from vllm_s2o import metrics
 from vllm_s2o.metrics import place
 
 
@@ -32,3 +33,10 @@ def logger():
     handler.emit = lambda record: made.lines.append(record.getMessage())
     made.addHandler(handler)
     return made
+
+
+@pytest.fixture
+def server(logger):
+    """Of this process."""
+    metrics.begin("some/model", logger)
+    return place.here()

@@ -1,66 +1,23 @@
-"""Decided for each request where it enters the engine; what is decided keeps its blocks apart."""
+"""Sparse or dense: decided for each request where it enters the engine."""
 
 import copy
-import os
-import sys
 from types import SimpleNamespace
 
 import pytest
-from prometheus_client import CollectorRegistry
+from entering import carried, decided, request
 from vllm.exceptions import VLLMValidationError
-from vllm.pooling_params import PoolingParams
-from vllm.ray.ray_env import get_env_vars_to_copy
 from vllm.sampling_params import SamplingParams
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request, RequestStatus
 from vllm_configs import configured
 
 import vllm_s2o
-from vllm_s2o import compat, metrics, plugin
+from vllm_s2o import compat, plugin
 from vllm_s2o.compat import requests
-from vllm_s2o.metrics import place, switch
+from vllm_s2o.metrics import place
 from vllm_s2o.metrics.figures import figures
 from vllm_s2o.metrics.switch import SALT, admit, set_switch
-
-RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
-
-
-@pytest.fixture
-def server(logger):
-    """Of this process."""
-    metrics.begin("some/model", logger)
-    return place.here()
-
-
-def request(extra=None, salt=None, pooling=False, **fields) -> EngineCoreRequest:
-    params = PoolingParams(extra_kwargs=extra) if pooling else SamplingParams(extra_args=extra)
-    kind = {"pooling_params": params, "sampling_params": None} if pooling else {"sampling_params": params}
-    known = {
-        "request_id": "a", "prompt_token_ids": list(range(64)), "mm_features": None, "pooling_params": None,
-        "arrival_time": 0.0, "lora_request": None, "cache_salt": salt, "data_parallel_rank": None,
-    }  # fmt: skip
-    return EngineCoreRequest(**known | kind | fields)
-
-
-def hashes(entered: EngineCoreRequest) -> list[bytes]:
-    """Keys of its blocks in vLLM's prefix cache, and in the stores that take these."""
-    init_none_hash(sha256)
-    return Request.from_engine_core_request(entered, get_request_block_hasher(16, sha256)).block_hashes
-
-
-def decided(config, **fields) -> EngineCoreRequest:
-    entered = request(**fields)
-    admit(config, entered)
-    return entered
-
-
-def carried(entered) -> str | None:
-    return requests.mark_of(entered)
-
 
 # -- the switch -------------------------------------------------------------------------------------------------------
 
@@ -135,106 +92,6 @@ def test_other_wishes_are_refused(given, pooling):
 @pytest.mark.parametrize("extra", [None, {}, {"other": 1}, {"s2o": "dense"}])
 def test_the_rest_is_let_through(extra):
     assert requests.wish_problem(SamplingParams(extra_args=extra)) is None
-
-
-# -- caches -----------------------------------------------------------------------------------------------------------
-
-
-def test_blocks_of_dense_and_sparse_prompts_are_never_the_same(server):
-    sparse = hashes(decided(configured()))
-    asked = hashes(decided(configured(), extra={"s2o": "dense"}))
-    set_switch(False)
-    switched_off = hashes(decided(configured()))
-    assert len(sparse) == 4
-    assert not set(sparse) & set(asked)
-    assert asked == switched_off, "dense is dense"
-    assert sparse == hashes(request()), "a sparse prompt's are what they are without a decision"
-
-
-@pytest.mark.parametrize("extra", [None, {"s2o": "dense"}])
-def test_a_salt_of_the_clients_stays_apart(server, extra):
-    found = [hashes(decided(configured(), extra=extra, salt=salt)) for salt in (None, "mine", "yours")]
-    assert not set(found[0]) & set(found[1])
-    assert not set(found[1]) & set(found[2])
-
-
-@pytest.mark.parametrize("given", [None, "x"])
-def test_no_salt_of_a_clients_undoes_what_parts_dense_from_sparse(server, given):
-    """Nor does it mix two clients' sparse prompts."""
-    dense = decided(configured(), extra={"s2o": "dense"}, salt=given)
-    alike = decided(configured(), salt=dense.cache_salt)
-    assert not set(hashes(dense)) & set(hashes(alike))
-    once_more = decided(configured(), salt=alike.cache_salt)
-    assert not set(hashes(alike)) & set(hashes(once_more))
-
-
-def test_a_store_of_keys_and_values_is_parted_by_config(server):
-    store = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
-    one, same, other = (configured(store=store, threshold=threshold) for threshold in (0.01, 0.01, 0.02))
-    found = [hashes(decided(config)) for config in (one, same, other)]
-    assert found[0] == found[1]
-    assert not set(found[0]) & set(found[2])
-    assert not set(found[0]) & set(hashes(request())), "nor does a server without S2O share them"
-    dense = [hashes(decided(config, extra={"s2o": "dense"})) for config in (one, other)]
-    assert dense[0] == dense[1], "dense prompts do not depend on the config"
-    assert not set(dense[0]) & set(found[0])
-
-
-def test_salts_are_written_as_documented(server):
-    store = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
-    config = configured(store=store)
-    assert decided(config).cache_salt == f"s2o-{config.digest}"
-    assert decided(config, salt="mine").cache_salt == f"s2o-{config.digest}-mine"
-    assert decided(configured(), extra={"s2o": "dense"}).cache_salt == SALT == "s2o-dense"
-
-
-@pytest.mark.parametrize(
-    ("store", "warned"),
-    [
-        (None, []),
-        ({"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}, []),
-        ({"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}, ["LMCacheConnectorV1"]),
-        ({"kv_connector": "SomeoneElses", "kv_role": "kv_both"}, ["SomeoneElses"]),
-        (
-            {
-                "kv_connector": "MultiConnector", "kv_role": "kv_both",
-                "kv_connector_extra_config": {
-                    "connectors": [{"kv_connector": "NixlConnector"}, {"kv_connector": "ExampleConnector"}]
-                },
-            },
-            ["ExampleConnector"],
-        ),
-    ],
-)  # fmt: skip
-def test_stores_that_may_mix_are_warned_of(store, warned, monkeypatch):
-    lines = []
-    monkeypatch.setattr(compat.logger(), "warning", lambda line, *values: lines.append(line % values))
-    plugin.check(configured(store=store))
-    assert [line.split()[1] for line in lines if "may key what it stores by tokens alone" in line] == warned
-
-
-@pytest.mark.parametrize(
-    ("store", "warned"),
-    [
-        (None, []),
-        ({"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}, []),
-        ({"kv_connector": "SomeoneElses", "kv_role": "kv_both"}, []),
-        ({"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}, ["NixlConnector"]),
-        ({"kv_connector": "MooncakeConnector", "kv_role": "kv_producer"}, ["MooncakeConnector"]),
-    ],
-)
-def test_engines_that_take_what_another_one_computed_are_warned(store, warned, monkeypatch):
-    lines = []
-    monkeypatch.setattr(compat.logger(), "warning", lambda line, *values: lines.append(line % values))
-    plugin.check(configured(store=store))
-    assert [line.split()[1] for line in lines if "as another one computed them" in line] == warned
-
-
-def test_known_connectors_are_vllms():
-    """A name that vLLM does not have would hide the warning for another one."""
-    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-
-    assert set(KVConnectorFactory._registry) >= requests.SALTED_STORES | requests.HANDING_OVER
 
 
 # -- the hooks --------------------------------------------------------------------------------------------------------
@@ -403,95 +260,6 @@ def test_the_platform_refuses_a_wrong_wish(monkeypatch):
     Platform.validate_request({}, SamplingParams(extra_args={"s2o": "dense"}))
     with pytest.raises(VLLMValidationError, match="allowed is 'dense'"):
         Platform.validate_request({}, wrong)
-
-
-# -- where a configuration is read ------------------------------------------------------------------------------------
-
-
-def test_a_server_shows_its_figures_from_the_start(monkeypatch, logger):
-    registry = CollectorRegistry()
-    monkeypatch.setattr("prometheus_client.REGISTRY", registry)
-    monkeypatch.setattr(metrics, "_shown", set())
-    for _ in range(2):  # vLLM makes several configurations
-        metrics.begin("some/model", logger)
-    assert registry.get_sample_value("vllm_s2o_enabled") == 1.0
-    set_switch(False)
-    metrics.begin("some/model", logger)
-    assert registry.get_sample_value("vllm_s2o_enabled") == 0.0, "a later configuration does not switch"
-
-
-def test_with_several_api_servers_vllm_collects(monkeypatch, tmp_path, logger):
-    registry = CollectorRegistry()
-    monkeypatch.setattr("prometheus_client.REGISTRY", registry)
-    monkeypatch.setattr(metrics, "_shown", set())
-    monkeypatch.setenv(place.MERGED, str(tmp_path))
-    stale = tmp_path / "counter_s2o-1.db"
-    stale.touch()
-    (tmp_path / "counter_1.db").touch()
-    metrics.begin("some/model", logger)
-    assert not stale.exists()
-    assert sorted(path.name for path in tmp_path.glob("*.db")) == [
-        "counter_1.db", f"gauge_max_s2o-switch-{place.here().pid}.db"
-    ]  # fmt: skip
-    assert list(registry.collect()) == []
-    assert figures().on
-    set_switch(False)
-    assert not figures().on
-
-
-@pytest.mark.parametrize(
-    ("given", "named"),
-    [(None, "S2O_SERVER"), ("MINE, YOURS,", "MINE,YOURS,S2O_SERVER"), ("S2O_SERVER,MINE", "S2O_SERVER,MINE")],
-)
-def test_actors_of_ray_are_told_of_the_server(monkeypatch, logger, given, named):
-    """Ray may have run before it."""
-    monkeypatch.setenv(RAY_COPIES, given or "")
-    if given is None:
-        monkeypatch.delenv(RAY_COPIES)
-    for _ in range(2):
-        metrics.begin("some/model", logger)
-    assert os.environ[RAY_COPIES] == named
-    assert {place.VARIABLE, *named.split(",")} <= get_env_vars_to_copy()
-
-
-def test_an_actor_of_ray_belongs_to_the_server(monkeypatch, logger, server):
-    """vLLM reads the configuration again in an engine that is one."""
-    monkeypatch.setattr(place, "_mine", None)  # another process made it
-    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(
-        is_initialized=lambda: True, get_runtime_context=lambda: SimpleNamespace(get_actor_id=lambda: "an id"))
-    )  # fmt: skip
-    metrics.begin("some/model", logger)
-    assert os.environ[place.VARIABLE] == str(server.directory)
-
-
-def test_a_machine_without_a_place_serves_all_the_same(logger):
-    place.base().touch()
-    metrics.begin("some/model", logger)
-    (line,) = logger.lines
-    assert line.startswith("s2o: no figures and no switch: ")
-    assert place.here() is None and place.running() == []
-    assert carried(decided(configured())) is None
-
-
-def test_figures_that_cannot_be_removed_leave_the_switch(logger, monkeypatch, tmp_path):
-    monkeypatch.setenv(place.MERGED, str(tmp_path))
-    (tmp_path / "counter_s2o-1.db").mkdir()  # cannot be unlinked
-    metrics.begin("some/model", logger)
-    (line,) = logger.lines
-    assert line.startswith(f"s2o: /metrics counts what an earlier server left in {tmp_path}: ")
-    set_switch(False)
-    assert not place.here().on
-
-
-def test_figures_that_cannot_be_written_leave_the_switch(logger, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(switch, "write_alone", full)
-    metrics.begin("some/model", logger)
-    assert [line.split(", ")[0] for line in logger.lines] == ["s2o: new prompts are sparse"]
-    set_switch(False)
-    assert not place.here().on and carried(decided(configured())) == "off"
 
 
 def test_a_copy_of_the_parameters_is_enough():
