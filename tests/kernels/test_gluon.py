@@ -210,7 +210,8 @@ def test_a_step_does_not_wait_for_the_device():
     params, out = S2OParams(dense_tail=0, threshold=0.01, segment_len=256), torch.empty_like(case.query)
 
     def step():
-        plan = attention.to_device(attention.plan_step(case.query_lens, case.lens, params, 2), DEVICE)
+        plan = attention.plan_step(case.query_lens, case.lens, params, rankings_of(case, params))
+        plan = attention.to_device(plan, DEVICE)
         arguments = (case.query, case.key_cache, case.value_cache, case.block_table, plan, params, case.scale, out)
         return attention.run(*arguments)
 

@@ -17,9 +17,10 @@ from types import SimpleNamespace
 
 import openai
 import pytest
+import torch
 from processes import CHANGED, ROOT, python_path, without
 from prometheus_client.parser import text_string_to_metric_families
-from serving import Server, VllmServe, write_small
+from serving import BY_NAME, CUDA, Server, VllmServe, write_small
 
 from vllm_s2o.config import load_config
 from vllm_s2o.metrics import place
@@ -37,7 +38,7 @@ CONFIG = {
 }  # fmt: skip
 CHUNK = 512
 ARGS = (
-    "--attention-backend", "S2O", "--additional-config", json.dumps({"s2o": CONFIG}), "--load-format", "dummy",
+    *BY_NAME, "--additional-config", json.dumps({"s2o": CONFIG}), "--load-format", "dummy",
     "--enable-prefix-caching", "--enable-prompt-tokens-details", "--max-num-batched-tokens", str(CHUNK),
     # A CPU's. In a GPU's blocks of 16 tokens the first ones of all prompts are the same, and come from the cache.
     "--block-size", "128",
@@ -319,6 +320,8 @@ def test_a_missing_file_does_not_break_metrics(told):
 @pytest.fixture(scope="module")
 def several(small, log_dir, count_tokens, told):
     """Started where another server was killed in the middle of its work, which first answers some prompts."""
+    if CUDA and torch.cuda.device_count() < 2:
+        pytest.skip("each engine takes a GPU of its own")
     texts = [needle(1400, 0.5, 1000 + seed, count_tokens).prompt for seed in range(4)]  # nobody else asks them
     answers = {text: told.says(text) for text in texts}
     left = told.place.directory
@@ -408,8 +411,8 @@ def main():
     from vllm import LLM, SamplingParams
     model, additional = sys.argv[1], json.loads(sys.argv[2])
     llm = LLM(
-        model, load_format="dummy", enforce_eager=True, gpu_memory_utilization=float(sys.argv[3]), max_model_len=2048,
-        attention_config={"backend": "CUSTOM"}, additional_config=additional, max_num_batched_tokens=512,
+        model, load_format="dummy", enforce_eager=True, max_model_len=2048, max_num_batched_tokens=512,
+        attention_config={"backend": "CUSTOM"}, additional_config=additional, **json.loads(sys.argv[3]),
     )
     answer = SamplingParams(max_tokens=2, temperature=0)
     wish = SamplingParams(max_tokens=2, temperature=0, extra_args={"s2o": "dense"})
@@ -440,10 +443,14 @@ if __name__ == "__main__":
 def test_a_program_reads_its_figures(small, tmp_path, processes):
     from serving import KV_CACHE, SHARE
 
+    share = {
+        flag.removeprefix("--").replace("-", "_"): json.loads(value)
+        for flag, value in zip(SHARE[::2], SHARE[1::2], strict=True)
+    }
     program = tmp_path / "program.py"
     program.write_text(OFFLINE)
     told = tmp_path / "told.json"  # stdout has vLLM's log, of several threads
-    command = [sys.executable, "-P", program, small, json.dumps({"s2o": CONFIG}), SHARE[1], told]
+    command = [sys.executable, "-P", program, small, json.dumps({"s2o": CONFIG}), json.dumps(share), told]
     environment = without(*CHANGED, place.VARIABLE) | KV_CACHE
     environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": processes, "HF_HUB_OFFLINE": "1"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=START_SECONDS)
