@@ -1,5 +1,7 @@
 """Requests that enter an engine, and what is decided of them."""
 
+import functools
+
 from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -21,9 +23,15 @@ def request(extra=None, salt=None, pooling=False, **fields) -> EngineCoreRequest
     return EngineCoreRequest(**known | kind | fields)
 
 
+@functools.cache
+def _begin() -> None:
+    """Once: what the first block's key begins with is drawn at random by older vLLM."""
+    init_none_hash(sha256)
+
+
 def hashes(entered: EngineCoreRequest) -> list[bytes]:
     """Keys of its blocks in vLLM's prefix cache, and in the stores that take these."""
-    init_none_hash(sha256)
+    _begin()
     return Request.from_engine_core_request(entered, get_request_block_hasher(16, sha256)).block_hashes
 
 

@@ -6,12 +6,11 @@ import re
 import shlex
 import shutil
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from bench_modules import servers
-from packaging.version import Version
+from names import NAME
 from processes import ROOT, make
 
 from vllm_s2o.cli import server
@@ -34,8 +33,7 @@ BASE_ARGS = [
     *("--distributed-executor-backend", "uni"),
 ]
 S2O = ("--attention-backend", "CUSTOM")
-BY_NAME = ("--attention-backend", "S2O" if Version(version("vllm")) >= Version("0.32") else "CUSTOM")
-"""By its own name where vLLM allows new ones."""
+BY_NAME = ("--attention-backend", NAME)
 EXACT = not CUDA
 """Whether there is a precision in which two ways to compute one thing agree: FLASH_ATTN takes no fp32."""
 PRECISION = ("--dtype", "float32" if EXACT else "bfloat16")
