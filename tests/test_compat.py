@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from names import NAME, OWN_NAME
+from installed import BACKEND_NAME, TAKES_NAMES, since
 from tiny import common_metadata
 from vllm.v1.attention import backend
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
@@ -282,7 +282,22 @@ def test_all_kinds_of_graph_support_are_known():
     assert {support.name for support in AttentionCGSupport} == known
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["vLLM's function", "a vLLM without one"])
+HAS_FUNCTION = since("0.31")
+WHOSE = pytest.mark.parametrize(
+    "own",
+    [
+        pytest.param(True, id="vLLM's function", marks=pytest.mark.skipif(not HAS_FUNCTION, reason="from 0.31 on")),
+        pytest.param(False, id="a vLLM without one"),
+    ],
+)
+
+
+def without_its_function(monkeypatch):
+    if HAS_FUNCTION:
+        monkeypatch.delattr(backend, "max_decode_query_len")
+
+
+@WHOSE
 @pytest.mark.parametrize(
     ("proposed", "parallel", "runner_v2", "longest"),
     [
@@ -295,18 +310,17 @@ def test_all_kinds_of_graph_support_are_known():
 def test_the_longest_decode(monkeypatch, own, proposed, parallel, runner_v2, longest):
     """V1's parallel drafter appends what it proposes to what is verified."""
     if not own:
-        monkeypatch.delattr(backend, "max_decode_query_len", raising=False)
-    if not hasattr(backend, "max_decode_query_len"):
+        without_its_function(monkeypatch)
         longest = 7 if parallel else longest  # 0.25.1 asks for no runner
     speculative = SimpleNamespace(num_speculative_tokens=proposed, parallel_drafting=parallel)
     given = SimpleNamespace(speculative_config=speculative, use_v2_model_runner=runner_v2)
     assert compat.longest_decode(given) == longest
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["vLLM's function", "a vLLM without one"])
+@WHOSE
 def test_the_longest_decode_without_a_drafter(monkeypatch, own):
     if not own:
-        monkeypatch.delattr(backend, "max_decode_query_len", raising=False)
+        without_its_function(monkeypatch)
     assert compat.longest_decode(SimpleNamespace(speculative_config=None)) == 1
 
 
@@ -350,8 +364,8 @@ def registered(monkeypatch):
 
 def test_both_names_are_ours(registered):
     assert compat.is_s2o(AttentionBackendEnum.CUSTOM)
-    assert compat.is_s2o(AttentionBackendEnum[NAME])
-    assert registered is AttentionBackendEnum[NAME]
+    assert compat.is_s2o(AttentionBackendEnum[BACKEND_NAME])
+    assert registered is AttentionBackendEnum[BACKEND_NAME]
 
 
 @pytest.mark.parametrize("backend", [None, AttentionBackendEnum.FLASH_ATTN, AttentionBackendEnum.CPU_ATTN], ids=str)
@@ -362,7 +376,7 @@ def test_other_backends_are_not_ours(registered, backend):
 def test_custom_of_another_plugin_is_not_ours(registered, monkeypatch):
     monkeypatch.setitem(registry._ATTN_OVERRIDES, AttentionBackendEnum.CUSTOM, "other.Backend")
     assert not compat.is_s2o(AttentionBackendEnum.CUSTOM)
-    assert compat.is_s2o(registered) == OWN_NAME
+    assert compat.is_s2o(registered) == TAKES_NAMES
 
 
 def test_custom_of_nobody_is_not_ours(registered, monkeypatch):

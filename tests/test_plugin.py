@@ -14,7 +14,7 @@ from typing import ClassVar
 import pytest
 import tiny
 import vllm
-from names import NAME, OWN_NAME
+from installed import BACKEND_NAME, TAKES_NAMES
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from processes import ROOT, run_python
@@ -43,7 +43,8 @@ def log():
 @pytest.fixture
 def platform(monkeypatch):
     """A platform that is ours to change; `seen` are the configurations that it was shown."""
-    importlib.import_module("vllm.v1.core.sched.scheduler")  # asks vLLM 0.25.1's real one for more than this one knows
+    # Before the platform is replaced: in 0.25.1 this module asks the platform for what this one lacks.
+    importlib.import_module("vllm.v1.core.sched.scheduler")
 
     class Platform:
         seen: ClassVar = []
@@ -68,7 +69,7 @@ def platform(monkeypatch):
     return Platform
 
 
-def config(backend=NAME) -> SimpleNamespace:
+def config(backend=BACKEND_NAME) -> SimpleNamespace:
     """As much of a VllmConfig as the plugin looks at."""
     text = SimpleNamespace(num_hidden_layers=2, num_attention_heads=4)
     traits = {
@@ -94,8 +95,8 @@ def config(backend=NAME) -> SimpleNamespace:
 def test_both_names_lead_to_the_backend():
     plugin.register()
     assert AttentionBackendEnum.CUSTOM.get_path() == "vllm_s2o.backend.S2OBackend"
-    assert AttentionBackendEnum[NAME].get_path() == "vllm_s2o.backend.S2OBackend"
-    assert AttentionBackendEnum[NAME].get_class() is AttentionBackendEnum.CUSTOM.get_class()
+    assert AttentionBackendEnum[BACKEND_NAME].get_path() == "vllm_s2o.backend.S2OBackend"
+    assert AttentionBackendEnum[BACKEND_NAME].get_class() is AttentionBackendEnum.CUSTOM.get_class()
 
 
 def test_registering_twice_is_registering_once():
@@ -117,7 +118,7 @@ def test_a_name_of_another_plugin_is_left_alone(monkeypatch, log):
     (warning,) = log
     assert warning.levelno == logging.WARNING
     assert "other.Backend" in warning.getMessage()
-    assert warning.getMessage().endswith("use --attention-backend S2O." if OWN_NAME else "remove one of them.")
+    assert warning.getMessage().endswith("use --attention-backend S2O." if TAKES_NAMES else "remove one of them.")
 
 
 def test_a_name_of_nobody_is_taken_without_a_word(monkeypatch, log):
@@ -145,19 +146,19 @@ def test_without_new_names_custom_is_the_one(monkeypatch, log):
 def test_an_engine_process_can_unpickle_its_configuration(tmp_path):
     """It does so before it loads plugins, and registers afterwards."""
     plugin.register()
-    attention = vllm.config.AttentionConfig(backend=NAME)
+    attention = vllm.config.AttentionConfig(backend=BACKEND_NAME)
     child = f"""
 import pickle
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-assert ("{NAME}" in AttentionBackendEnum.__members__) == {not OWN_NAME}
+assert ("{BACKEND_NAME}" in AttentionBackendEnum.__members__) == {not TAKES_NAMES}
 config = pickle.loads(bytes.fromhex("{pickle.dumps(attention).hex()}"))
-assert config.backend is AttentionBackendEnum["{NAME}"]
+assert config.backend is AttentionBackendEnum["{BACKEND_NAME}"]
 from vllm.plugins import load_general_plugins
 load_general_plugins()
-assert config.backend is AttentionBackendEnum["{NAME}"]
+assert config.backend is AttentionBackendEnum["{BACKEND_NAME}"]
 print(config.backend.name, config.backend.get_path())
 """
-    assert run_python(child, tmp_path) == f"{NAME} vllm_s2o.backend.S2OBackend"
+    assert run_python(child, tmp_path) == f"{BACKEND_NAME} vllm_s2o.backend.S2OBackend"
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
@@ -236,7 +237,7 @@ def test_the_platform_sees_a_configuration_before_the_plugin_does(platform):
 
 def test_the_cpu_platform_follows_the_flag(platform):
     plugin.register()
-    for name in (NAME, "CUSTOM"):
+    for name in (BACKEND_NAME, "CUSTOM"):
         assert platform.get_attn_backend_cls(AttentionBackendEnum[name], "plain", num_heads=4) == compat.BACKEND_PATH
 
 
@@ -250,7 +251,7 @@ def test_the_cpu_platform_without_the_flag_is_left_alone(platform):
 def test_other_attention_is_not_replaced_on_the_cpu(platform):
     plugin.register()
     with pytest.raises(ValueError, match="cannot stand in for MLABackend"):
-        platform.get_attn_backend_cls(AttentionBackendEnum[NAME], "mla")
+        platform.get_attn_backend_cls(AttentionBackendEnum[BACKEND_NAME], "mla")
 
 
 def test_another_platform_chooses_backends_itself(platform, monkeypatch):
@@ -265,7 +266,7 @@ def test_vllm_passes_the_sentence_on(tmp_path):
     plugin.register()
     model = tiny.model_config(tmp_path)
     with pytest.raises(StartError) as caught:
-        tiny.vllm_config(model, NAME, threshold=2)
+        tiny.vllm_config(model, BACKEND_NAME, threshold=2)
     assert str(caught.value).startswith("--additional-config \"s2o\": the field 'params.threshold' cannot be 2;")
     assert "\n" not in str(caught.value)
     assert tiny.vllm_config(model, None, threshold=2).attention_config.backend is None

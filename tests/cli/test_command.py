@@ -10,8 +10,8 @@ import subprocess
 import click
 import pytest
 from environments import Environment
+from installed import TAKES_NAMES
 from models import write_smollm2
-from names import OWN_NAME
 from processes import ROOT
 
 import vllm_s2o
@@ -178,7 +178,7 @@ def test_doctor_finds_what_a_server_would(environment, place):
     document = json.loads(ended.stdout)
     assert (ended.returncode, ended.stderr, document["works"]) == (0, "", True)
     assert finding(document, "entry point")["value"] == "s2o = vllm_s2o.plugin:register"
-    assert finding(document, "registers")["value"] == ("as CUSTOM and S2O" if OWN_NAME else "as CUSTOM")
+    assert finding(document, "registers")["value"] == ("as CUSTOM and S2O" if TAKES_NAMES else "as CUSTOM")
     assert finding(document, "serving")["value"] == "vLLM accepts it, with up to 8192 tokens"
     assert document["model"] == {
         "name": MODEL, "architecture": "LlamaForCausalLM",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from bench_modules import servers
-from names import NAME
+from installed import BACKEND_NAME
 from processes import ROOT, make
 
 from vllm_s2o.cli import server
@@ -24,6 +24,11 @@ CUDA = torch.cuda.is_available()
 SHARE = ("--gpu-memory-utilization", "0.5")
 if CUDA:
     SHARE = ("--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(2**32))
+SHARE_OPTIONS = {
+    flag.removeprefix("--").replace("-", "_"): json.loads(value)
+    for flag, value in zip(SHARE[::2], SHARE[1::2], strict=True)
+}
+"""The same for an engine in a program."""
 DTYPE = re.findall(r"--dtype (\S+)", make("serve-command"))
 """What `make serve` says of it: nothing where the model's own type is fast."""
 BASE_ARGS = [
@@ -33,7 +38,7 @@ BASE_ARGS = [
     *("--distributed-executor-backend", "uni"),
 ]
 S2O = ("--attention-backend", "CUSTOM")
-BY_NAME = ("--attention-backend", NAME)
+BY_NAME = ("--attention-backend", BACKEND_NAME)
 EXACT = not CUDA
 """Whether there is a precision in which two ways to compute one thing agree: FLASH_ATTN takes no fp32."""
 PRECISION = ("--dtype", "float32" if EXACT else "bfloat16")

@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import importlib.metadata
 import math
 import sys
 import weakref
@@ -192,7 +191,7 @@ def test_a_file_holds_what_was_captured_and_where_it_comes_from(checkpoint, tmp_
     own.write_text("to be or not to be " * 50)
     captured = capture(str(checkpoint), 64, [2, 0], str(own))
     assert [layer.index for layer in captured.layers] == [0, 2]
-    assert captured.versions["torch"] == importlib.metadata.version("torch") and set(captured.versions) == {
+    assert captured.versions["torch"].split("+")[0] == torch.__version__.split("+")[0] and set(captured.versions) == {
         "torch",
         "transformers",
         "python",

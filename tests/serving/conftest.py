@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from serving import MADE_HERE, PRECISION, S2O, Server
+from serving import BY_NAME, MADE_HERE, PRECISION, S2O, Server
 
 LIST_IMPORTS = {"PYTHONPROFILEIMPORTTIME": "1"}
 """The server's log then lists what its processes import."""
@@ -57,6 +57,6 @@ def s2o_tau0(model, log_dir):
     """Nothing is ever skipped, on the sparse path all the same; prompts in chunks, for which no border may matter.
     By the backend's other name."""
     exact = {"threshold": 0, "min_seq_len": 512}
-    args = ("--attention-backend", "S2O", "--additional-config", json.dumps({"s2o": exact}))
+    args = (*BY_NAME, "--additional-config", json.dumps({"s2o": exact}))
     with Server(model, log_dir / "s2o_tau0.log", (*PRECISION, *args, "--max-num-batched-tokens", "450")) as server:
         yield server

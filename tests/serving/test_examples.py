@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from processes import CHANGED, ROOT, without
-from serving import DTYPE, KV_CACHE, ONE_PROCESS, SHARE, Server, write_small
+from serving import DTYPE, KV_CACHE, ONE_PROCESS, SHARE_OPTIONS, Server, write_small
 
 from vllm_s2o.quality.needles import needle
 from vllm_s2o.step_log import prefills
@@ -58,7 +58,7 @@ def test_vllm_as_a_library(model, tmp_path):
     """With a model that knows nothing: the prompt is prefilled by S2O in all layers, and there is an answer."""
     (tmp_path / "small").mkdir()
     engine = {
-        "load_format": "dummy", "enforce_eager": True, "max_model_len": 4096, "gpu_memory_utilization": float(SHARE[1]),
+        "load_format": "dummy", "enforce_eager": True, "max_model_len": 4096, **SHARE_OPTIONS,
         "distributed_executor_backend": "uni", **({"dtype": DTYPE[0]} if DTYPE else {}),
     }  # fmt: skip
     said = run(

@@ -441,16 +441,12 @@ if __name__ == "__main__":
     [pytest.param("1", id="an engine process"), pytest.param("0", id="in the program")],
 )
 def test_a_program_reads_its_figures(small, tmp_path, processes):
-    from serving import KV_CACHE, SHARE
+    from serving import KV_CACHE, SHARE_OPTIONS
 
-    share = {
-        flag.removeprefix("--").replace("-", "_"): json.loads(value)
-        for flag, value in zip(SHARE[::2], SHARE[1::2], strict=True)
-    }
     program = tmp_path / "program.py"
     program.write_text(OFFLINE)
     told = tmp_path / "told.json"  # stdout has vLLM's log, of several threads
-    command = [sys.executable, "-P", program, small, json.dumps({"s2o": CONFIG}), json.dumps(share), told]
+    command = [sys.executable, "-P", program, small, json.dumps({"s2o": CONFIG}), json.dumps(SHARE_OPTIONS), told]
     environment = without(*CHANGED, place.VARIABLE) | KV_CACHE
     environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": processes, "HF_HUB_OFFLINE": "1"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=START_SECONDS)
