@@ -6,6 +6,7 @@ import engines
 import pytest
 import torch
 from engines import EXACT, agree, ask, of_answer, tokens
+from installed import since
 from safetensors.torch import save_file
 
 RANK = 4
@@ -47,6 +48,10 @@ def test_adapters(llama, adapter, witness):
     assert [step.query_lens for step in witness.take().batches] == [[600] * len(batch) for batch in batches]
 
 
+@pytest.mark.skipif(
+    engines.CPU and since("0.30") and not since("0.31"),
+    reason="vLLM 0.30 fails to verify drafts on a CPU, without S2O too",
+)
 def test_drafted_tokens_are_verified_dense(llama, witness):
     """Drafts are found in the prompt. Rows that verify them are short prefills on a long history."""
     prompts = [tokens(100, 8) * 6, tokens(70, 9) * 5]
