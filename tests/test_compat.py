@@ -285,16 +285,9 @@ def test_all_kinds_of_graph_support_are_known():
 HAS_FUNCTION = since("0.31")
 WHOSE = pytest.mark.parametrize(
     "own",
-    [
-        pytest.param(True, id="vLLM's function", marks=pytest.mark.skipif(not HAS_FUNCTION, reason="from 0.31 on")),
-        pytest.param(False, id="a vLLM without one"),
-    ],
+    [True, False] if HAS_FUNCTION else [False],
+    ids=lambda own: "vLLM's function" if own else "a vLLM without one",
 )
-
-
-def without_its_function(monkeypatch):
-    if HAS_FUNCTION:
-        monkeypatch.delattr(backend, "max_decode_query_len")
 
 
 @WHOSE
@@ -310,7 +303,7 @@ def without_its_function(monkeypatch):
 def test_the_longest_decode(monkeypatch, own, proposed, parallel, runner_v2, longest):
     """V1's parallel drafter appends what it proposes to what is verified."""
     if not own:
-        without_its_function(monkeypatch)
+        monkeypatch.delattr(backend, "max_decode_query_len", raising=HAS_FUNCTION)
         longest = 7 if parallel else longest  # 0.25.1 asks for no runner
     speculative = SimpleNamespace(num_speculative_tokens=proposed, parallel_drafting=parallel)
     given = SimpleNamespace(speculative_config=speculative, use_v2_model_runner=runner_v2)
@@ -320,7 +313,7 @@ def test_the_longest_decode(monkeypatch, own, proposed, parallel, runner_v2, lon
 @WHOSE
 def test_the_longest_decode_without_a_drafter(monkeypatch, own):
     if not own:
-        without_its_function(monkeypatch)
+        monkeypatch.delattr(backend, "max_decode_query_len", raising=HAS_FUNCTION)
     assert compat.longest_decode(SimpleNamespace(speculative_config=None)) == 1
 
 

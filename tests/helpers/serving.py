@@ -21,14 +21,10 @@ MADE_HERE = ROOT / ".models" / MODEL_NAME
 CUDA = torch.cuda.is_available()
 # Up to four servers live side by side, and each one takes its share of a GPU when it starts: with a cache of a given
 # size it measures nothing while another one comes or goes. On the CPU the share only has to be free.
-SHARE = ("--gpu-memory-utilization", "0.5")
+SHARE_OPTIONS = {"gpu_memory_utilization": 0.5}
 if CUDA:
-    SHARE = ("--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(2**32))
-SHARE_OPTIONS = {
-    flag.removeprefix("--").replace("-", "_"): json.loads(value)
-    for flag, value in zip(SHARE[::2], SHARE[1::2], strict=True)
-}
-"""The same for an engine in a program."""
+    SHARE_OPTIONS = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**32}
+SHARE = [part for name, value in SHARE_OPTIONS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 DTYPE = re.findall(r"--dtype (\S+)", make("serve-command"))
 """What `make serve` says of it: nothing where the model's own type is fast."""
 BASE_ARGS = [
