@@ -15,9 +15,10 @@ import pytest
 import tiny
 import vllm
 from installed import BACKEND_NAME, TAKES_NAMES
+from models import write_smollm2
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from processes import ROOT, run_python
+from processes import ROOT, python_path, run_python
 from vllm import platforms
 from vllm.config import SchedulerConfig
 from vllm.v1.attention.backends import registry
@@ -166,6 +167,28 @@ def test_a_copy_of_the_name_is_the_name(protocol):
     member = compat.s2o_member()
     assert pickle.loads(pickle.dumps(member, protocol)) is member
     assert copy.deepcopy(member) is copy.copy(member) is member
+
+
+READ_ONCE = """
+import pickle
+from pathlib import Path
+from models import inspected_here
+from vllm_s2o import compat, settings
+
+compat.load_plugins()
+with inspected_here():
+    read = compat.server_config("model", "CUSTOM", {"s2o": "mine.yaml"})
+Path("mine.yaml").unlink()
+print(settings.resolve(pickle.loads(pickle.dumps(read))).params.threshold)
+"""
+
+
+def test_what_was_read_goes_with_vllms_configuration(tmp_path):
+    """To engines and workers, for whom the file may be another one by then."""
+    write_smollm2(tmp_path / "model")
+    (tmp_path / "mine.yaml").write_text("params:\n  threshold: 0.0123\n")
+    environment = {"PYTHONPATH": python_path(ROOT / "tests" / "helpers", ROOT), "TMPDIR": str(tmp_path)}
+    assert run_python(READ_ONCE, tmp_path, **environment).splitlines()[-1] == "0.0123"
 
 
 # -- a process without the flag ---------------------------------------------------------------------------------------

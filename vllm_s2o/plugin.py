@@ -77,8 +77,9 @@ def check(vllm_config) -> None:
             logger.warning(doubt, ", ".join(sorted(named)))
     from vllm_s2o import metrics
 
-    metrics.begin(str(model_config.model), logger)
+    metrics.begin(str(model_config.model), logger, fixed=unseen)
     requests.follow_requests(admit, load=True)
+    requests.refuse_lost_wishes()
 
 
 def admit(vllm_config, engine_request) -> None:

@@ -1,19 +1,32 @@
 """Which config a server's model gets: the one place that joins vLLM's configuration with ours."""
 
+import copy
 import os
 from typing import Any
 
 from vllm_s2o import compat
 from vllm_s2o.config import ENVIRONMENT, ConfigError, ModelTraits, ResolvedConfig, load_config
 
+KEPT = "s2o_config"
+"""What a VllmConfig has in addition, once it was asked for: what the user gave, and what that came to."""
+
 
 def resolve(vllm_config: Any) -> ResolvedConfig:
-    """The config for the model of a VllmConfig. Raises ConfigError."""
+    """The config for the model of a VllmConfig. Raises ConfigError.
+
+    Files are read once, by the process that a user starts: it hands its VllmConfig to engines and workers, and what it
+    read with it. A file that changes or goes while a server runs changes nothing in it, not for one of its processes.
+    """
     given = part_of(vllm_config.additional_config)
     traits = traits_of(vllm_config.model_config)
     if compat.is_draft(vllm_config):  # what the user says is meant for the model that is served
         return load_config(traits)
-    return load_with(traits, given)
+    kept = getattr(vllm_config, KEPT, None)
+    if kept is not None and kept[0] == given and kept[1].traits == traits:  # else it is a copy that was changed
+        return kept[1]
+    resolved = load_with(traits, given)
+    setattr(vllm_config, KEPT, (copy.deepcopy(given), resolved))
+    return resolved
 
 
 def load_with(traits: ModelTraits, given: Any = None) -> ResolvedConfig:

@@ -94,3 +94,12 @@ def test_another_state_is_refused(command):
     ended = command("switch", "of")
     assert ended.status == 2
     assert "'on', 'off'" in ended.sentence
+
+
+def test_engines_that_cannot_be_switched_are_said_to_be_as_they_were(command, server):
+    about = server.directory / place.ABOUT
+    about.write_text(about.read_text().replace('"fixed": null', '"fixed": "why"'))
+    ended = command("switch", "off")
+    assert ended.status == 1
+    assert ended.sentence == "vllm-s2o: the switch is as it was: S2O cannot be switched on and off here: why."
+    assert place.here().on

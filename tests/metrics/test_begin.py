@@ -1,12 +1,16 @@
 """Where a configuration with the flag is read: a place for figures and the switch, whatever stands in its way."""
 
 import os
+import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 from entering import carried, decided
+from processes import ROOT
 from prometheus_client import CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
 from vllm.ray.ray_env import get_env_vars_to_copy
 from vllm_configs import configured
 
@@ -41,12 +45,72 @@ def test_with_several_api_servers_vllm_collects(monkeypatch, tmp_path, logger):
     metrics.begin("some/model", logger)
     assert not stale.exists()
     assert sorted(path.name for path in tmp_path.glob("*.db")) == [
-        "counter_1.db", f"gauge_max_s2o-switch-{place.here().pid}.db"
+        "counter_1.db", f"gauge_max_s2o-{place.here().name}-switch.db"
     ]  # fmt: skip
     assert list(registry.collect()) == []
     assert figures().on
     set_switch(False)
     assert not figures().on
+
+
+SERVER = """
+import logging, sys, tempfile
+tempfile.tempdir = sys.argv[1]
+from vllm_s2o import metrics
+from vllm_s2o.metrics.figures import TOKENS, Recorder, figures
+
+logger = logging.Logger("figures")
+metrics.begin(sys.argv[2], logger)
+recorder = Recorder(logger)
+recorder.start("c0ffee", "default.yaml")
+for line in sys.stdin:
+    recorder.tokens(int(line), "sparse")
+    print(sum(figures().tokens.values()), flush=True)
+"""
+
+
+class Beside:
+    """A server in a process of its own, with its figures in a directory that the user names."""
+
+    def __init__(self, machine, shared, name):
+        env = os.environ | {"PYTHONPATH": str(ROOT), place.MERGED: str(shared)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", SERVER, str(machine), name], env=env, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def counts(self, tokens: int) -> int:
+        self.process.stdin.write(f"{tokens}\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def end(self, sign: int | None = None) -> None:
+        if sign is not None:
+            self.process.send_signal(sign)
+        self.process.communicate(timeout=60)
+
+
+def test_servers_that_share_a_directory_keep_their_own_figures(machine, tmp_path):
+    """It is the user's. One that starts takes away what others left that were killed, and one that ends its own."""
+
+    def told() -> float:
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry, str(tmp_path))
+        return registry.get_sample_value("vllm_s2o_prefill_tokens_total", {"path": "sparse", "reason": ""}) or 0.0
+
+    killed = Beside(machine, tmp_path, "killed")
+    assert killed.counts(1000) == 1000
+    killed.end(signal.SIGKILL)
+    assert told() == 1000
+    first = Beside(machine, tmp_path, "first")
+    assert first.counts(30) == 30 == told()
+    second = Beside(machine, tmp_path, "second")
+    assert (second.counts(7), first.counts(2)) == (7, 32), "to each its own"
+    assert told() == 39, "what the directory adds up to"
+    second.end()
+    assert told() == 32
+    first.end()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -257,5 +257,17 @@ def test_files_of_others_are_left_alone(tmp_path, logger):
     theirs.write_bytes((tmp_path / "counter_s2o-1.db").read_bytes())
     assert {s.value for metric in read(tmp_path, logger) for s in metric.samples} == {3}
     (tmp_path / "gauge_max_s2o-1-prompts.1-beef.new").touch()  # of a process that was killed just then
-    channel.remove(tmp_path)
+    channel.remove(tmp_path, lambda name: False)
     assert list(tmp_path.iterdir()) == [theirs]
+
+
+def test_files_of_servers_that_live_are_left_alone(tmp_path, logger):
+    """A directory of the user's may have several, and what some of them left that were killed."""
+    for server, count in (("12-ab", 3), ("12-abc", 4), ("7-00ff", 5)):
+        Writer(tmp_path, f"{server}-12").add(COUNT, count, kind="a")
+        write_alone(tmp_path, f"{server}-switch", LEVEL, [({"who": "a"}, count)])
+    (tmp_path / "gauge_max_s2o-12-ab-12-prompts.9-beef.new").touch()
+    channel.remove(tmp_path, lambda name: name == "12-ab")
+    assert scraped(tmp_path, logger) == {("count_total", "a"): 9, ("level", "a"): 5}
+    assert not list(tmp_path.glob("*12-ab-*"))
+    assert {s.value for metric in read(tmp_path, logger, "12-abc-") for s in metric.samples} == {4}

@@ -1,5 +1,7 @@
 """Keys and values of dense prompts, of sparse ones and of other configs never mix; where they may, it is said."""
 
+import copy
+
 import pytest
 from entering import decided, hashes, request
 from vllm_configs import configured
@@ -7,6 +9,7 @@ from vllm_configs import configured
 from vllm_s2o import compat, plugin
 from vllm_s2o.compat import requests
 from vllm_s2o.metrics.switch import SALT, set_switch
+from vllm_s2o.settings import resolve
 
 
 def test_blocks_of_dense_and_sparse_prompts_are_never_the_same(server):
@@ -49,6 +52,22 @@ def test_a_store_of_keys_and_values_is_parted_by_config(server):
     assert not set(dense[0]) & set(found[0])
 
 
+def test_a_store_is_parted_by_what_runs_and_not_by_what_a_file_says_later(server, tmp_path):
+    """Engines and workers have the config with the VllmConfig, from the process that read it."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("params:\n  threshold: 0.01\n")
+    started = configured(store={"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}, config=str(path))
+    plugin.check(started)
+    path.write_text("params:\n  threshold: 0.02\n")
+    changed = configured(config=str(path))
+    engine, worker = copy.copy(started), copy.copy(started)
+    assert decided(engine).cache_salt == f"s2o-{started.digest}"
+    path.unlink()
+    assert resolve(worker).digest() == started.digest != changed.digest
+    worker.additional_config = {"s2o": {"threshold": 0.03}}
+    assert resolve(worker).params.threshold == 0.03, "another configuration is another one"
+
+
 def test_salts_are_written_as_documented(server):
     store = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
     config = configured(store=store)
@@ -64,25 +83,37 @@ def test_salts_are_written_as_documented(server):
         ("OffloadingConnector", [], []),
         ("LMCacheConnectorV1", ["LMCacheConnectorV1"], []),
         ("SomeoneElses", ["SomeoneElses"], []),
+        ("my.stores:OffloadingConnector", ["my.stores.OffloadingConnector"], []),
+        (("OffloadingConnector", "mine:NixlConnector"), ["mine.NixlConnector"], []),
         ("NixlConnector", [], ["NixlConnector"]),
         ("MooncakeConnector", [], ["MooncakeConnector"]),
         (("NixlConnector", "ExampleConnector"), ["ExampleConnector"], ["NixlConnector"]),
     ],
 )
 def test_connectors_that_may_mix_configs_are_warned_of(connector, mixes, hands_over, monkeypatch):
-    """Those of stores that know no salt, and those that bring what another engine has computed."""
-    store: dict = {"kv_connector": connector, "kv_role": "kv_both"}
+    """Those of stores that know no salt, and those that bring what another engine has computed.
+
+    One that a module of the user's has counts before vLLM's own of that name.
+    """
+
+    def named(one: str) -> dict:
+        module, _, connector = one.rpartition(":")
+        return {"kv_connector": connector} | ({"kv_connector_module_path": module} if module else {})
+
+    store: dict = {"kv_role": "kv_both"}
     if isinstance(connector, tuple):
-        several = [{"kv_connector": one} for one in connector]
+        several = [named(one) for one in connector]
         store |= {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": several}}
+    elif connector:
+        store |= named(connector)
     lines = []
     monkeypatch.setattr(compat.logger(), "warning", lambda line, *values: lines.append(line % values))
     plugin.check(configured(store=store if connector else None))
-    for part, named in (
+    for part, whose in (
         ("may key what it stores by tokens alone", mixes),
         ("as another one computed them", hands_over),
     ):
-        assert [line.split()[1] for line in lines if part in line] == named
+        assert [line.split()[1] for line in lines if part in line] == whose
 
 
 def test_known_connectors_are_vllms():

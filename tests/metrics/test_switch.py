@@ -1,6 +1,8 @@
 """Sparse or dense: decided for each request where it enters the engine."""
 
 import copy
+import importlib
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -223,7 +225,7 @@ def test_where_no_step_is_seen_a_wish_is_refused_and_the_switch_has_no_effect(en
     engine.vllm_config.parallel_config.distributed_executor_backend = older_ray
     with pytest.raises(RuntimeError, match="Ray's older executor"):
         engine.preprocess_add_request(request(extra={"s2o": "dense"}))
-    set_switch(False)
+    set_switch(False)  # of another engine of this program, which came first
     kept, _ = engine.preprocess_add_request(request())
     assert (kept.cache_salt, kept.sampling_params.extra_args) == (None, None)
 
@@ -236,6 +238,39 @@ def test_unseen_steps_are_warned_of(monkeypatch, older_ray):
     plugin.check(config)
     (line,) = [line for line in lines if "older executor" in line]
     assert line.startswith("s2o: no switch, no dense requests, and figures without requests: ")
+    for server in (None, *place.running()):
+        with pytest.raises(RuntimeError, match="S2O cannot be switched on and off here: Ray's older executor"):
+            set_switch(False, server)
+    assert place.here().on and figures().on
+
+
+def test_a_wish_that_no_platform_has_looked_at_is_refused_by_the_engine(server):
+    """One frontend of vLLM's is no Python. Marks of our own are no wishes."""
+    for wish in ("off", "sparse", 1):
+        entered = request(extra={"s2o": wish})
+        with pytest.raises(RuntimeError, match="allowed is 'dense'"):
+            admit(configured(), entered)
+
+
+@pytest.mark.parametrize("name", ["completion", "chat_completion"])
+def test_beam_search_with_a_wish_is_refused(name, monkeypatch):
+    """vLLM asks for each beam anew, without the wish."""
+    module = importlib.import_module(f"vllm.entrypoints.openai.{name}.protocol")
+    kind = getattr(module, requests.BEAM_SEARCH[module.__name__])
+    for path, of in requests.BEAM_SEARCH.items():  # as vLLM has them, whatever was done before
+        other = getattr(importlib.import_module(path), of)
+        monkeypatch.setattr(other, "to_beam_search_params", inspect.unwrap(other.to_beam_search_params))
+    prompt = {"prompt": "a"} if name == "completion" else {"messages": [{"role": "user", "content": "a"}]}
+
+    def asked(**extra):
+        return kind(model="m", use_beam_search=True, **prompt, **extra).to_beam_search_params(8, {})
+
+    plain = asked(vllm_xargs={"s2o": "dense"})
+    for _ in range(2):
+        requests.refuse_lost_wishes()
+    assert asked() == plain == asked(vllm_xargs={"other": "1"})
+    with pytest.raises(VLLMValidationError, match="'s2o' of a request cannot be had with beam search"):
+        asked(vllm_xargs={"s2o": "dense"})
 
 
 def test_the_platform_refuses_a_wrong_wish(monkeypatch):

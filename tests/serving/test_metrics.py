@@ -287,6 +287,14 @@ def test_another_wish_is_refused(told):
         told.ask(told.text(), extra_body={"vllm_xargs": {"s2o": "sparse"}})
 
 
+def test_beam_search_has_no_wish(told):
+    beams = {"use_beam_search": True, "n": 2}
+    usage, before, after = told.ask(told.text(), extra_body=beams)
+    assert grown(before, after)[SPARSE] >= usage.prompt_tokens
+    with pytest.raises(openai.BadRequestError, match="'s2o' of a request cannot be had with beam search"):
+        told.ask(told.text(), extra_body=beams | {"vllm_xargs": {"s2o": "dense"}})
+
+
 @pytest.mark.parametrize("content", [b"", b"\x10", bytes(range(256)) * 300], ids=["empty", "short", "noise"])
 def test_a_broken_file_does_not_break_metrics(told, content):
     before = told.figures()

@@ -17,6 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from vllm_s2o.metrics import place
+
 SECONDS = 300
 """A cold disk may need a minute to give vLLM's import what it reads."""
 GROUP, ENTRY = "vllm.general_plugins", "s2o"
@@ -54,6 +56,7 @@ def ask(model: Path | None = None, additional: dict[str, Any] | None = None) -> 
         command = [sys.executable, "-P", "-m", "vllm_s2o.cli.probe", str(path), json.dumps(request)]
         # What the model needs was found before; nothing is to be fetched, or waited for, now.
         environment = os.environ | {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
+        environment.pop(place.MERGED, None)  # where servers have their figures, which no question is to add to
         ended = None
         try:
             done = subprocess.run(

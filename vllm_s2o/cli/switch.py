@@ -37,7 +37,7 @@ def switch(state: str | None, pid: int | None, as_json: bool) -> None:
 
         try:
             set_switch(state == "on", servers[0])
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             raise click.ClickException(f"the switch is as it was: {error}.") from None
     if as_json:
         print_json([_document(server) for server in servers])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -74,6 +75,41 @@ def wish(engine_request) -> Any:
     return _extras(engine_request.sampling_params or engine_request.pooling_params).get(REQUEST_KEY)
 
 
+def wrong_wish(engine_request) -> str | None:
+    return wish_problem(engine_request.sampling_params or engine_request.pooling_params)
+
+
+BEAM_SEARCH = {
+    "vllm.entrypoints.openai.completion.protocol": "CompletionRequest",
+    "vllm.entrypoints.openai.chat_completion.protocol": "ChatCompletionRequest",
+}
+"""Requests that may ask for beam search, by module. vLLM asks its engine for each beam anew, without the extra
+arguments of the request."""
+
+
+def refuse_lost_wishes() -> None:
+    """Refuse beam search where a request has a wish, rather than lose the wish: in a process that talks to clients."""
+    for module, name in BEAM_SEARCH.items():
+        kind = getattr(sys.modules.get(module), name, None)
+        if kind is not None and not getattr(kind.to_beam_search_params, "s2o", False):
+            kind.to_beam_search_params = _without_wish(kind.to_beam_search_params)
+
+
+def _without_wish(convert: Callable) -> Callable:
+    @functools.wraps(convert)
+    def to_beam_search_params(self, *args, **kwargs):
+        if REQUEST_KEY in (self.vllm_xargs or {}):
+            from vllm.exceptions import VLLMValidationError
+
+            problem = f"The extra argument '{REQUEST_KEY}' of a request cannot be had with beam search."
+            raise VLLMValidationError(problem, parameter="vllm_xargs")
+        return convert(self, *args, **kwargs)
+
+    hook: Any = to_beam_search_params
+    hook.s2o = True
+    return hook
+
+
 def _set_mark(request, value: str | None) -> None:
     """Of vLLM's request, or of the engine's. None removes it."""
     kind = "sampling_params" if request.sampling_params is not None else "pooling_params"
@@ -98,8 +134,11 @@ def kv_connectors(vllm_config) -> list[str]:
     transfer = vllm_config.kv_transfer_config
     if transfer is None or transfer.kv_connector is None:
         return []
+    if transfer.kv_connector_module_path:  # which counts before vLLM's own of that name
+        return [f"{transfer.kv_connector_module_path}.{transfer.kv_connector}"]
     several = transfer.kv_connector_extra_config.get("connectors", ())
-    return [one.get("kv_connector", "unknown") for one in several] or [transfer.kv_connector]
+    named = [(one.get("kv_connector_module_path"), one.get("kv_connector", "unknown")) for one in several]
+    return [".".join(filter(None, one)) for one in named] or [transfer.kv_connector]
 
 
 SALTED_STORES = {"OffloadingConnector", "SimpleCPUOffloadConnector", "MooncakeStoreConnector", "LMCacheMPConnector"}

@@ -10,6 +10,7 @@ One process of a server reads the configuration, others compute, one or several 
 another one.
 """
 
+import atexit
 import contextlib
 import logging
 import os
@@ -21,8 +22,12 @@ _shown: set[int] = set()
 """Processes whose registry has our figures: a forked one has its parent's."""
 
 
-def begin(model: str, logger: logging.Logger) -> None:
-    """Call where a configuration with the flag is read, before other processes start."""
+def begin(model: str, logger: logging.Logger, fixed: str | None = None) -> None:
+    """Call where a configuration with the flag is read, before other processes start.
+
+    Args:
+        fixed: why its engines cannot be switched off, or None.
+    """
     from prometheus_client import REGISTRY
 
     from vllm_s2o import compat
@@ -30,12 +35,13 @@ def begin(model: str, logger: logging.Logger) -> None:
 
     before = place.current()
     try:
-        directory = place.establish(model, started=compat.in_ray_actor())
+        directory = place.establish(model, started=compat.in_ray_actor(), fixed=fixed)
         compat.copy_to_ray(place.VARIABLE)
         server = place.here()
         if directory != before and server is not None:
             if server.figures != directory:
                 _remove_figures(server.figures, logger)
+                atexit.register(_leave, os.getpid(), server)
             switch.show(server, True, logger)
     except OSError as error:
         logger.warning("s2o: no figures and no switch: %s.", error)
@@ -47,10 +53,19 @@ def begin(model: str, logger: logging.Logger) -> None:
 
 
 def _remove_figures(directory: Path, logger: logging.Logger) -> None:
-    """Those of a server that has ended, in the user's directory: they would add up with ours."""
+    """Those of servers that have ended, in the user's directory: they would add up with ours."""
     from vllm_s2o.metrics import channel
 
     try:
-        channel.remove(directory)
+        channel.remove(directory, lambda name: not place.lives(name))
     except OSError as error:
         logger.warning("s2o: /metrics counts what an earlier server left in %s: %s.", directory, error)
+
+
+def _leave(pid: int, server: place.Server) -> None:
+    """This server's, at its end: whoever uses the directory next did not count them."""
+    from vllm_s2o.metrics import channel
+
+    if os.getpid() == pid:
+        with contextlib.suppress(OSError):
+            channel.remove(server.figures, lambda name: name == server.name)

@@ -8,9 +8,10 @@ no such directory: there `Collector` reads ours, when it is asked.
 import contextlib
 import logging
 import os
+import re
 import secrets
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,7 +25,7 @@ SIZE = 1 << 16
 """Bytes of a file, reserved when it is made: a full disk must not stop a process that writes to memory."""
 
 OURS = "s2o-"
-"""What the files' names say before the process; without an underscore, at which prometheus_client parts a name."""
+"""What the files' names say before the writer; without an underscore, at which prometheus_client parts a name."""
 
 UNFINISHED = ".new"
 """How the name of a file ends until it is whole: no reader looks at it."""
@@ -134,20 +135,22 @@ class Writer:
         file.write_value(key, value + amount, 0.0)
 
 
-def remove(directory: Path) -> None:
-    """Ours of another server: one that has ended, in a directory that the user names."""
+def remove(directory: Path, ended: Callable[[str], bool]) -> None:
+    """Files of servers that have ended, by their names (`place.Server.name`); and those that name none."""
     for end in (".db", UNFINISHED):
         for path in directory.glob(f"*_{OURS}*{end}"):
-            path.unlink(missing_ok=True)
+            found = re.search(rf"_{OURS}(\d+-[0-9a-f]+)-", path.name)
+            if found is None or ended(found.group(1)):
+                path.unlink(missing_ok=True)
 
 
 _unreadable: set[Path] = set()
 
 
-def read(directory: Path, logger: logging.Logger) -> list[Metric]:
-    """What the files add up to. One that cannot be read is left out, and told of once."""
+def read(directory: Path, logger: logging.Logger, server: str = "") -> list[Metric]:
+    """What the files add up to, of one server or of all. One that cannot be read is left out, and told of once."""
     files = []
-    for path in sorted(directory.glob(f"*_{OURS}*.db")):
+    for path in sorted(directory.glob(f"*_{OURS}{server}*.db")):
         try:
             if path.is_file():  # opening anything else may wait
                 MultiProcessCollector.merge([str(path)])

@@ -128,7 +128,7 @@ class Recorder:
                 if directory is None:
                     self._logger.warning("s2o: no figures are kept: there is no directory for them.")
                 else:
-                    self._writer = Writer(directory, str(os.getpid()))
+                    self._writer = Writer(directory, place.writer(str(os.getpid())))
             return self._writer
 
     @contextlib.contextmanager
@@ -182,7 +182,8 @@ class Recorder:
                 writer.observe(DENSITY, prompt.density)
                 with self._showing:
                     self._recent.append((labels, prompt.density))
-                    write_alone(writer.directory, f"{os.getpid()}-prompts", PROMPT, list(self._recent))
+                    name = place.writer(f"{os.getpid()}-prompts")
+                    write_alone(writer.directory, name, PROMPT, list(self._recent))
 
 
 @dataclass(frozen=True)
@@ -211,12 +212,13 @@ class Figures:
 
 
 def figures(directory: Path | None = None, logger: logging.Logger | None = None) -> Figures:
-    """The figures of the server that this process belongs to, or of the one that writes to `directory`.
+    """The figures of the server that this process belongs to, or of those that write to `directory`.
 
     With vLLM's LLM class: of the engines of this program. All are 0 where nothing was written.
     """
+    server = place.writer("") if directory is None else ""
     directory = place.figures_directory() if directory is None else directory
-    found = read(directory, logger or logging.getLogger(__name__)) if directory is not None else []
+    found = read(directory, logger or logging.getLogger(__name__), server) if directory is not None else []
     samples = [sample for metric in found for sample in metric.samples]
 
     def of(series: Series) -> list:

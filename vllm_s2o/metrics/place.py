@@ -43,6 +43,12 @@ class Server:
     model: str
     figures: Path
     """Where its processes write."""
+    fixed: str | None = None
+    """Why it cannot be switched off, or None."""
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
 
     @property
     def on(self) -> bool:
@@ -68,11 +74,12 @@ def _is_own(path: Path) -> bool:
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
-def establish(model: str, started: bool = False) -> Path:
+def establish(model: str, started: bool = False, fixed: str | None = None) -> Path:
     """The server's directory, made unless this process or the one that started it did. Raises OSError.
 
     Args:
         started: this process was started by another one of the server, though not by Python's multiprocessing.
+        fixed: why it cannot be switched off, or None.
     """
     global _mine
     given = current()
@@ -89,7 +96,7 @@ def establish(model: str, started: bool = False) -> Path:
     directory.mkdir(mode=0o700)
     merged = os.environ.get(MERGED)
     figures = Path(merged).absolute() if merged else directory  # another program reads it, from where it stands
-    about = {"pid": os.getpid(), "model": model, "figures": str(figures)}
+    about = {"pid": os.getpid(), "model": model, "figures": str(figures), "fixed": fixed}
     (directory / ABOUT).write_text(json.dumps(about))
     os.environ[VARIABLE] = str(directory)
     _mine = os.getpid(), directory
@@ -148,6 +155,17 @@ def figures_directory() -> Path | None:
     return Path(merged) if merged and Path(merged).is_dir() else current()
 
 
+def writer(which: str) -> str:
+    """What files of this process's server are named by: several servers may write to one directory of the user's."""
+    server = current()
+    return which if server is None else f"{server.name}-{which}"
+
+
+def lives(name: str) -> bool:
+    """Whether a server of this name runs on this machine."""
+    return _alive(base() / name)
+
+
 def made_here() -> bool:
     """Whether this is the process that made the directory."""
     return _mine is not None and _mine == (os.getpid(), current())
@@ -198,7 +216,8 @@ def running() -> list[Server]:
         if _alive(directory):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # one that starts or ends just now
                 about = json.loads((directory / ABOUT).read_text())
-                servers.append(Server(directory, int(about["pid"]), str(about["model"]), Path(about["figures"])))
+                pid, model, figures = int(about["pid"]), str(about["model"]), Path(about["figures"])
+                servers.append(Server(directory, pid, model, figures, about.get("fixed")))
     return sorted(servers, key=lambda server: server.pid)
 
 

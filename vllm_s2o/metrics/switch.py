@@ -32,11 +32,14 @@ def set_switch(on: bool, server: place.Server | None = None) -> None:
 
     Raises:
         LookupError: there is no such server.
+        RuntimeError: its engines cannot be switched.
         OSError: the switch could not be set, and is as it was.
     """
     server = place.here() if server is None else server
     if server is None:
         raise LookupError("there is no engine with the S2O backend in this program")
+    if server.fixed is not None:
+        raise RuntimeError(f"S2O cannot be switched on and off here: {server.fixed}")
     if on:
         (server.directory / place.OFF).unlink(missing_ok=True)
     else:
@@ -47,13 +50,16 @@ def set_switch(on: bool, server: place.Server | None = None) -> None:
 def show(server: place.Server, on: bool, logger: logging.Logger) -> None:
     """On /metrics. What is shown decides nothing: where it cannot be written, the logger has it."""
     try:
-        write_alone(server.figures, f"switch-{server.pid}", ENABLED, [({}, float(on))])
+        write_alone(server.figures, f"{server.name}-switch", ENABLED, [({}, float(on))])
     except OSError as error:
         logger.warning("s2o: new prompts are %s, which /metrics does not show: %s.", "sparse" if on else "dense", error)
 
 
 def admit(vllm_config: Any, engine_request: Any) -> None:
     """Decide how a request that enters the engine is computed, and mark it."""
+    wrong = requests.wrong_wish(engine_request)
+    if wrong is not None:  # of a client that no process of vLLM's API has asked, whose platform would have refused it
+        raise RuntimeError(f"s2o: {wrong}")
     mark = None
     if requests.wish(engine_request) == ASKED:
         mark = ASKED
