@@ -86,7 +86,7 @@ def requests(options: argparse.Namespace, vocabulary: int) -> list[Request]:
     """The same for a seed."""
     chance = random.Random(options.seed)
     low, high = (math.log(tokens) for tokens in options.tokens)
-    made = []
+    made: list[Request] = []
     for _ in range(options.requests):
         length, output = round(math.exp(chance.uniform(low, high))), chance.randint(1, ANSWER)
         leaves = chance.uniform(0, options.patience) if chance.random() < options.leave else None
