@@ -170,21 +170,25 @@ def test_a_copy_of_the_name_is_the_name(protocol):
 
 
 READ_ONCE = """
-import pickle
+import pickle, subprocess, sys
 from pathlib import Path
 from models import inspected_here
-from vllm_s2o import compat, settings
+from vllm.config.utils import replace
+from vllm_s2o import compat
 
 compat.load_plugins()
 with inspected_here():
-    read = compat.server_config("model", "CUSTOM", {"s2o": "mine.yaml"})
+    config = compat.server_config("model", "CUSTOM", {"s2o": "mine.yaml"})
+replace(config, cache_config=config.cache_config)  # as vLLM does here and there: it takes no attribute but its own
+Path("config").write_bytes(pickle.dumps(config))
 Path("mine.yaml").unlink()
-print(settings.resolve(pickle.loads(pickle.dumps(read))).params.threshold)
+look = "import pickle, vllm_s2o.settings as s; print(s.resolve(pickle.load(open('config', 'rb'))).params.threshold)"
+print(subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True).stdout)
 """
 
 
-def test_what_was_read_goes_with_vllms_configuration(tmp_path):
-    """To engines and workers, for whom the file may be another one by then."""
+def test_a_file_is_read_where_a_server_starts(tmp_path):
+    """For engines and workers it may be another one by then, or gone."""
     write_smollm2(tmp_path / "model")
     (tmp_path / "mine.yaml").write_text("params:\n  threshold: 0.0123\n")
     environment = {"PYTHONPATH": python_path(ROOT / "tests" / "helpers", ROOT), "TMPDIR": str(tmp_path)}

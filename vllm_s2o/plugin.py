@@ -3,6 +3,8 @@
 Light on purpose: no CUDA context, no kernel, and nothing changes for a server without the flag.
 """
 
+from typing import Any
+
 from vllm_s2o import compat
 from vllm_s2o.compat import requests
 
@@ -53,14 +55,15 @@ def check(vllm_config) -> None:
         compat.stop(ENCODER_DECODER)
     if compat.batch_invariant():
         compat.stop(BATCH_INVARIANT)
+    from vllm_s2o import metrics, settings
     from vllm_s2o.config import ConfigError
-    from vllm_s2o.settings import resolve
+    from vllm_s2o.metrics import place
 
+    logger = compat.logger()
     try:
-        config = resolve(vllm_config)
+        config = settings.resolve(vllm_config, anew=place.current() is None or place.made_here())
     except ConfigError as error:
         compat.stop(str(error))
-    logger = compat.logger()
     longest = model_config.max_model_len
     for doubt in (config.no_effect(longest, compat.longest_chunk(vllm_config)), config.beyond(longest)):
         if doubt is not None:
@@ -75,9 +78,12 @@ def check(vllm_config) -> None:
     ):
         if named:
             logger.warning(doubt, ", ".join(sorted(named)))
-    from vllm_s2o import metrics
-
     metrics.begin(str(model_config.model), logger, fixed=unseen)
+    if place.made_here():
+        try:
+            settings.keep(config)
+        except OSError as error:
+            logger.warning("s2o: %s must stay as it is while the server starts: no copy (%s).", config.source, error)
     requests.follow_requests(admit, load=True)
     requests.refuse_lost_wishes()
 
@@ -87,4 +93,17 @@ def admit(vllm_config, engine_request) -> None:
     if compat.uses_s2o(vllm_config):
         from vllm_s2o.metrics import switch
 
-        switch.admit(vllm_config, engine_request)
+        switch.admit(vllm_config, engine_request, _config_hash)
+
+
+_last: tuple[Any, str] | None = None
+"""The configuration of this process's engine, and the hash of its config."""
+
+
+def _config_hash(vllm_config: Any) -> str:
+    from vllm_s2o.settings import resolve
+
+    global _last
+    if _last is None or _last[0] is not vllm_config:
+        _last = vllm_config, resolve(vllm_config).digest()
+    return _last[1]

@@ -1,37 +1,43 @@
 """Which config a server's model gets: the one place that joins vLLM's configuration with ours."""
 
-import copy
 import os
+from pathlib import Path
 from typing import Any
 
-from vllm_s2o import compat
-from vllm_s2o.config import ENVIRONMENT, ConfigError, ModelTraits, ResolvedConfig, load_config
-
-KEPT = "s2o_config"
-"""What a VllmConfig has in addition, once it was asked for: what the user gave, and what that came to."""
+from vllm_s2o import compat, yaml_file
+from vllm_s2o.config import ENVIRONMENT, ConfigError, ModelTraits, Read, ResolvedConfig, expanded, load_config
+from vllm_s2o.metrics import place
 
 
-def resolve(vllm_config: Any) -> ResolvedConfig:
+def resolve(vllm_config: Any, anew: bool = False) -> ResolvedConfig:
     """The config for the model of a VllmConfig. Raises ConfigError.
 
-    Files are read once, by the process that a user starts: it hands its VllmConfig to engines and workers, and what it
-    read with it. A file that changes or goes while a server runs changes nothing in it, not for one of its processes.
+    A server's processes take a file that the user names as it was when the server started: else one that changes
+    meanwhile would be another one for some of them.
+
+    Args:
+        anew: from the file itself, where a server starts.
     """
     given = part_of(vllm_config.additional_config)
     traits = traits_of(vllm_config.model_config)
     if compat.is_draft(vllm_config):  # what the user says is meant for the model that is served
         return load_config(traits)
-    kept = getattr(vllm_config, KEPT, None)
-    if kept is not None and kept[0] == given and kept[1].traits == traits:  # else it is a copy that was changed
-        return kept[1]
-    resolved = load_with(traits, given)
-    setattr(vllm_config, KEPT, (copy.deepcopy(given), resolved))
-    return resolved
+    return load_with(traits, given, yaml_file.read if anew else _read_kept)
 
 
-def load_with(traits: ModelTraits, given: Any = None) -> ResolvedConfig:
+def keep(config: ResolvedConfig) -> None:
+    """The file that a config was read from, for `resolve` in other processes of the server. Raises OSError."""
+    if config.matched == "path":
+        place.keep(expanded(config.source))
+
+
+def _read_kept(path: Path, name: str) -> dict[str, Any]:
+    return yaml_file.read(place.kept(path) or path, name)
+
+
+def load_with(traits: ModelTraits, given: Any = None, read: Read = yaml_file.read) -> ResolvedConfig:
     """`load_config` with the file that the environment names, if it does."""
-    return load_config(traits, given, os.environ.get(ENVIRONMENT) or None)
+    return load_config(traits, given, os.environ.get(ENVIRONMENT) or None, read=read)
 
 
 def part_of(additional: Any) -> Any:

@@ -10,7 +10,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request
 
 from vllm_s2o.compat import requests
-from vllm_s2o.metrics.switch import admit
+from vllm_s2o.plugin import admit
 
 
 def request(extra=None, salt=None, pooling=False, **fields) -> EngineCoreRequest:

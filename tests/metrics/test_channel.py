@@ -257,7 +257,7 @@ def test_files_of_others_are_left_alone(tmp_path, logger):
     theirs.write_bytes((tmp_path / "counter_s2o-1.db").read_bytes())
     assert {s.value for metric in read(tmp_path, logger) for s in metric.samples} == {3}
     (tmp_path / "gauge_max_s2o-1-prompts.1-beef.new").touch()  # of a process that was killed just then
-    channel.remove(tmp_path, lambda name: False)
+    channel.remove(tmp_path, lambda name: name == "")
     assert list(tmp_path.iterdir()) == [theirs]
 
 

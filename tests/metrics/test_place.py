@@ -258,6 +258,57 @@ def test_a_directory_for_figures_is_the_same_from_everywhere(monkeypatch, tmp_pa
     assert place.running()[0].figures == tmp_path / "figures"
 
 
+def test_files_without_a_server_have_no_place(monkeypatch, tmp_path):
+    """Nobody would know whose they are."""
+    monkeypatch.setenv(place.MERGED, str(tmp_path))
+    assert place.figures_directory() is None
+    assert place.writer("1") == "1"
+
+
+def test_who_lives(machine, monkeypatch):
+    """Also where nobody left a lock, as in a container that starts again: processes have the numbers that they had."""
+    holder = Holder(machine)
+    name = holder.directory.rpartition("/")[2]
+    mine = place.establish("some/model").name
+    assert place.lives(mine) and place.lives(name)
+    holder.end(signal.SIGKILL)
+    assert not place.lives(name)
+    place.sweep()
+    assert not place.lives(name)
+    monkeypatch.setattr(place, "_runs", lambda pid: True)
+    assert not place.lives(name), "this process has removed it"
+    assert place.lives("1-beef"), "that of another user, for one"
+    assert not place.lives(f"{os.getpid()}-beef"), "the number is this process's"
+    assert place.lives(mine)
+
+
+def test_a_program_with_an_engine_that_can_be_switched_can_be(machine):
+    place.establish("some/model", fixed="why")
+    assert place.here().fixed == "why"
+    place.establish("another", fixed="why not")
+    assert place.here().fixed == "why"
+    place.establish("another")
+    assert (place.here().fixed, place.here().model) == (None, "some/model")
+    place.establish("another", fixed="why not")
+    assert place.here().fixed is None
+
+
+def test_a_copy_of_a_file(machine, tmp_path, monkeypatch):
+    path = tmp_path / "a file"
+    path.write_text("first")
+    place.keep(path)
+    assert place.kept(path) is None, "there is no server"
+    directory = place.establish("some/model")
+    assert place.kept(path) is None
+    place.keep(path)
+    path.unlink()
+    monkeypatch.chdir(tmp_path)
+    assert place.kept(Path("a file")).read_text() == "first"
+    assert [file.name for file in directory.iterdir() if file.suffix == ".new"] == []
+    with pytest.raises(FileNotFoundError):
+        place.keep(path)
+
+
 def test_a_variable_that_names_nothing_is_none(monkeypatch, tmp_path):
     monkeypatch.setenv(place.VARIABLE, str(tmp_path / "gone"))
     assert place.current() is None

@@ -1,6 +1,7 @@
 """Keys and values of dense prompts, of sparse ones and of other configs never mix; where they may, it is said."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 from entering import decided, hashes, request
@@ -8,6 +9,7 @@ from vllm_configs import configured
 
 from vllm_s2o import compat, plugin
 from vllm_s2o.compat import requests
+from vllm_s2o.metrics import place
 from vllm_s2o.metrics.switch import SALT, set_switch
 from vllm_s2o.settings import resolve
 
@@ -52,20 +54,43 @@ def test_a_store_of_keys_and_values_is_parted_by_config(server):
     assert not set(dense[0]) & set(found[0])
 
 
-def test_a_store_is_parted_by_what_runs_and_not_by_what_a_file_says_later(server, tmp_path):
-    """Engines and workers have the config with the VllmConfig, from the process that read it."""
+def test_a_store_is_parted_by_what_runs_and_not_by_what_a_file_says_later(tmp_path, monkeypatch):
+    """Engines and workers, in other processes, take the file as it was when the server started."""
+    path = tmp_path / "mine.yaml"
+    store = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
+
+    def start(threshold: float) -> SimpleNamespace:
+        path.write_text(f"params:\n  threshold: {threshold}\n")
+        config = configured(store=store, config=str(path))
+        plugin.check(config)
+        return config
+
+    first = start(0.01)
+    path.write_text("params:\n  threshold: 0.02\n")
+    assert decided(copy.copy(first)).cache_salt == f"s2o-{first.digest}"
+    path.unlink()
+    assert resolve(first).params.threshold == 0.01
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(place, "_mine", None)
+        elsewhere.setattr("multiprocessing.parent_process", lambda: "the one that made it")
+        plugin.check(copy.copy(first))  # a process of the server reads the configuration again
+    second = start(0.03)
+    assert resolve(second).params.threshold == 0.03, "what starts anew in this program takes the file as it is"
+    assert decided(second).cache_salt == f"s2o-{second.digest}" != f"s2o-{first.digest}"
+
+
+def test_where_nothing_can_be_kept_the_file_is_read(tmp_path, monkeypatch):
     path = tmp_path / "mine.yaml"
     path.write_text("params:\n  threshold: 0.01\n")
-    started = configured(store={"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}, config=str(path))
-    plugin.check(started)
-    path.write_text("params:\n  threshold: 0.02\n")
-    changed = configured(config=str(path))
-    engine, worker = copy.copy(started), copy.copy(started)
-    assert decided(engine).cache_salt == f"s2o-{started.digest}"
-    path.unlink()
-    assert resolve(worker).digest() == started.digest != changed.digest
-    worker.additional_config = {"s2o": {"threshold": 0.03}}
-    assert resolve(worker).params.threshold == 0.03, "another configuration is another one"
+    lines = []
+    monkeypatch.setattr(compat.logger(), "warning", lambda line, *values: lines.append(line % values))
+    monkeypatch.setattr(place, "keep", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    config = configured(config=str(path))
+    plugin.check(config)
+    assert [line for line in lines if "No space left" in line] == [
+        f"s2o: {path} must stay as it is while the server starts: no copy ([Errno 28] No space left on device)."
+    ]
+    assert resolve(config).params.threshold == 0.01
 
 
 def test_salts_are_written_as_documented(server):

@@ -19,7 +19,8 @@ from vllm_s2o import compat, plugin
 from vllm_s2o.compat import requests
 from vllm_s2o.metrics import place
 from vllm_s2o.metrics.figures import figures
-from vllm_s2o.metrics.switch import SALT, admit, set_switch
+from vllm_s2o.metrics.switch import SALT, set_switch
+from vllm_s2o.plugin import admit
 
 # -- the switch -------------------------------------------------------------------------------------------------------
 
@@ -252,23 +253,31 @@ def test_a_wish_that_no_platform_has_looked_at_is_refused_by_the_engine(server):
             admit(configured(), entered)
 
 
-@pytest.mark.parametrize("name", ["completion", "chat_completion"])
+BEAM_SEARCH = {
+    "openai.completion": ("CompletionRequest", {"prompt": "a"}),
+    "openai.chat_completion": ("ChatCompletionRequest", {"messages": [{"role": "user", "content": "a"}]}),
+    "speech_to_text.transcription": ("TranscriptionRequest", {}),
+    "speech_to_text.translation": ("TranslationRequest", {}),
+}
+
+
+@pytest.mark.parametrize("name", BEAM_SEARCH)
 def test_beam_search_with_a_wish_is_refused(name, monkeypatch):
     """vLLM asks for each beam anew, without the wish."""
-    module = importlib.import_module(f"vllm.entrypoints.openai.{name}.protocol")
-    kind = getattr(module, requests.BEAM_SEARCH[module.__name__])
-    for path, of in requests.BEAM_SEARCH.items():  # as vLLM has them, whatever was done before
-        other = getattr(importlib.import_module(path), of)
-        monkeypatch.setattr(other, "to_beam_search_params", inspect.unwrap(other.to_beam_search_params))
-    prompt = {"prompt": "a"} if name == "completion" else {"messages": [{"role": "user", "content": "a"}]}
-
-    def asked(**extra):
-        return kind(model="m", use_beam_search=True, **prompt, **extra).to_beam_search_params(8, {})
-
-    plain = asked(vllm_xargs={"s2o": "dense"})
+    kind_name, fields = BEAM_SEARCH[name]
+    kind = getattr(importlib.import_module(f"vllm.entrypoints.{name}.protocol"), kind_name)
+    original = inspect.unwrap(kind.to_beam_search_params)  # whatever was done before
+    monkeypatch.setattr(kind, "to_beam_search_params", original)
     for _ in range(2):
         requests.refuse_lost_wishes()
-    assert asked() == plain == asked(vllm_xargs={"other": "1"})
+
+    def asked(**extra):
+        made = kind.model_construct(**kind.model_construct().model_dump() | fields | {"model": "m"} | extra)
+        return made.to_beam_search_params(8, {}), original(made, 8, {})
+
+    for harmless in ({}, {"vllm_xargs": {"other": "1"}}):
+        ours, theirs = asked(**harmless)
+        assert ours == theirs
     with pytest.raises(VLLMValidationError, match="'s2o' of a request cannot be had with beam search"):
         asked(vllm_xargs={"s2o": "dense"})
 

@@ -79,26 +79,21 @@ def wrong_wish(engine_request) -> str | None:
     return wish_problem(engine_request.sampling_params or engine_request.pooling_params)
 
 
-BEAM_SEARCH = {
-    "vllm.entrypoints.openai.completion.protocol": "CompletionRequest",
-    "vllm.entrypoints.openai.chat_completion.protocol": "ChatCompletionRequest",
-}
-"""Requests that may ask for beam search, by module. vLLM asks its engine for each beam anew, without the extra
-arguments of the request."""
-
-
 def refuse_lost_wishes() -> None:
-    """Refuse beam search where a request has a wish, rather than lose the wish: in a process that talks to clients."""
-    for module, name in BEAM_SEARCH.items():
-        kind = getattr(sys.modules.get(module), name, None)
-        if kind is not None and not getattr(kind.to_beam_search_params, "s2o", False):
-            kind.to_beam_search_params = _without_wish(kind.to_beam_search_params)
+    """Refuse beam search where a request has a wish, in a process that talks to clients. vLLM asks its engine for each
+    beam anew, without the extra arguments of the request: the wish would be lost."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vllm.entrypoints.") and name.endswith(".protocol"):
+            for kind in vars(module).values():
+                convert = vars(kind).get("to_beam_search_params") if isinstance(kind, type) else None
+                if convert is not None and not getattr(convert, "s2o", False):
+                    kind.to_beam_search_params = _without_wish(convert)
 
 
 def _without_wish(convert: Callable) -> Callable:
     @functools.wraps(convert)
     def to_beam_search_params(self, *args, **kwargs):
-        if REQUEST_KEY in (self.vllm_xargs or {}):
+        if REQUEST_KEY in (getattr(self, "vllm_xargs", None) or {}):
             from vllm.exceptions import VLLMValidationError
 
             problem = f"The extra argument '{REQUEST_KEY}' of a request cannot be had with beam search."

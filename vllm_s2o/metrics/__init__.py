@@ -57,7 +57,7 @@ def _remove_figures(directory: Path, logger: logging.Logger) -> None:
     from vllm_s2o.metrics import channel
 
     try:
-        channel.remove(directory, lambda name: not place.lives(name))
+        channel.remove(directory, lambda name: not (name and place.lives(name)))
     except OSError as error:
         logger.warning("s2o: /metrics counts what an earlier server left in %s: %s.", directory, error)
 

@@ -136,11 +136,11 @@ class Writer:
 
 
 def remove(directory: Path, ended: Callable[[str], bool]) -> None:
-    """Files of servers that have ended, by their names (`place.Server.name`); and those that name none."""
+    """Files of servers that have ended, by their names (`place.Server.name`); of a file that tells none it is ''."""
     for end in (".db", UNFINISHED):
         for path in directory.glob(f"*_{OURS}*{end}"):
             found = re.search(rf"_{OURS}(\d+-[0-9a-f]+)-", path.name)
-            if found is None or ended(found.group(1)):
+            if ended(found.group(1) if found else ""):
                 path.unlink(missing_ok=True)
 
 

@@ -9,6 +9,7 @@ asks for before it removes what is old in it.
 import atexit
 import contextlib
 import fcntl
+import hashlib
 import json
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 VARIABLE = "S2O_SERVER"
 """Names the directory to the server's processes. Not VLLM_..., which vLLM would warn of: it knows its own variables."""
@@ -85,6 +86,8 @@ def establish(model: str, started: bool = False, fixed: str | None = None) -> Pa
     given = current()
     started = started or multiprocessing.parent_process() is not None
     if given is not None and (started or _mine == (os.getpid(), given)):
+        if fixed is None:  # one of a program's engines can be switched
+            _describe(given, fixed=None)
         return given
     parent = _own_base()
     _keep(parent)
@@ -96,12 +99,41 @@ def establish(model: str, started: bool = False, fixed: str | None = None) -> Pa
     directory.mkdir(mode=0o700)
     merged = os.environ.get(MERGED)
     figures = Path(merged).absolute() if merged else directory  # another program reads it, from where it stands
-    about = {"pid": os.getpid(), "model": model, "figures": str(figures), "fixed": fixed}
-    (directory / ABOUT).write_text(json.dumps(about))
+    _describe(directory, pid=os.getpid(), model=model, figures=str(figures), fixed=fixed)
     os.environ[VARIABLE] = str(directory)
     _mine = os.getpid(), directory
     atexit.register(_leave, os.getpid(), directory, lock)
     return directory
+
+
+def _describe(directory: Path, **fields: Any) -> None:
+    """What a server says of itself: `fields`, beside others that stand there."""
+    path = directory / ABOUT
+    held = json.loads(path.read_text()) if path.exists() else {}
+    if held | fields != held:
+        whole = directory / f"{ABOUT}.{os.getpid()}.new"
+        whole.write_text(json.dumps(held | fields))
+        whole.replace(path)
+
+
+def _kept_name(path: Path) -> str:
+    return hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16] + ".kept"
+
+
+def keep(path: Path) -> None:
+    """A copy of a file for this server's processes, which find it whatever comes of the file. Raises OSError."""
+    directory = current()
+    if directory is not None:
+        whole = directory / f"{_kept_name(path)}.new"
+        shutil.copyfile(path, whole)
+        whole.replace(directory / _kept_name(path))
+
+
+def kept(path: Path) -> Path | None:
+    """The copy, where there is one: on other machines, for one, there is none."""
+    directory = current()
+    found = None if directory is None else directory / _kept_name(path)
+    return found if found is not None and found.is_file() else None
 
 
 def _keep(directory: Path) -> None:
@@ -131,6 +163,9 @@ def current() -> Path | None:
     return Path(given) if given and Path(given).is_dir() else None
 
 
+_ended: set[str] = set()
+"""Servers whose directories this process has removed."""
+
 _off = False
 """What the switch of this process's server was when it was last seen."""
 
@@ -151,8 +186,8 @@ def switched_off() -> bool:
 
 def figures_directory() -> Path | None:
     """Where this server's processes write their figures."""
-    merged = os.environ.get(MERGED)
-    return Path(merged) if merged and Path(merged).is_dir() else current()
+    merged, directory = os.environ.get(MERGED), current()
+    return Path(merged) if directory is not None and merged and Path(merged).is_dir() else directory
 
 
 def writer(which: str) -> str:
@@ -162,8 +197,8 @@ def writer(which: str) -> str:
 
 
 def lives(name: str) -> bool:
-    """Whether a server of this name runs on this machine."""
-    return _alive(base() / name)
+    """Whether a server of this name runs on this machine, as far as a container sees it."""
+    return name not in _ended and _alive(base() / name)
 
 
 def made_here() -> bool:
@@ -176,8 +211,10 @@ def _alive(directory: Path) -> bool:
         with open(f"{directory}.lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
-        # Nobody here removes a lock before its directory: who cleans old files up has. Its process is what is left.
-        return _runs(directory.name.partition("-")[0])
+        # Nobody here removes a lock before its directory: who cleans old files up has. Its process is what is left,
+        # but if that is this one: where a container starts again, processes have the numbers that they had.
+        pid = directory.name.partition("-")[0]
+        return _runs(pid) and (pid != str(os.getpid()) or directory == current())
     except OSError:  # locked, or what cannot be told: then it is not ours to remove
         return True
     return False
@@ -205,6 +242,7 @@ def sweep() -> None:
     """Remove what servers left that were killed."""
     for directory in _directories():
         if not _alive(directory):
+            _ended.add(directory.name)
             shutil.rmtree(directory, ignore_errors=True)
             Path(f"{directory}.lock").unlink(missing_ok=True)
 

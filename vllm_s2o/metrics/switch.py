@@ -6,6 +6,7 @@ gets a cache salt: vLLM's prefix cache then never gives it keys and values of a 
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from vllm_s2o.compat import requests
@@ -22,9 +23,6 @@ REASONS = {ASKED: "asked by the request", SWITCHED_OFF: "switched off"}
 SALT_PREFIX = "s2o-"
 SALT, ESCAPED_SALT = f"{SALT_PREFIX}dense", f"{SALT_PREFIX}sparse"
 """Of what is dense by decision; and of what is not and whose client gave a salt that looks like one from here."""
-
-_last: tuple[Any, str] | None = None
-"""The configuration of this process's engine, and the hash of its config."""
 
 
 def set_switch(on: bool, server: place.Server | None = None) -> None:
@@ -55,8 +53,12 @@ def show(server: place.Server, on: bool, logger: logging.Logger) -> None:
         logger.warning("s2o: new prompts are %s, which /metrics does not show: %s.", "sparse" if on else "dense", error)
 
 
-def admit(vllm_config: Any, engine_request: Any) -> None:
-    """Decide how a request that enters the engine is computed, and mark it."""
+def admit(vllm_config: Any, engine_request: Any, config_hash: Callable[[Any], str]) -> None:
+    """Decide how a request that enters the engine is computed, and mark it.
+
+    Args:
+        config_hash: tells the hash of the config that a VllmConfig stands for.
+    """
     wrong = requests.wrong_wish(engine_request)
     if wrong is not None:  # of a client that no process of vLLM's API has asked, whose platform would have refused it
         raise RuntimeError(f"s2o: {wrong}")
@@ -71,15 +73,6 @@ def admit(vllm_config: Any, engine_request: Any) -> None:
     if mark and not problem:
         requests.mark(engine_request, mark, SALT)
     elif requests.kv_connectors(vllm_config):
-        requests.mark(engine_request, None, f"{SALT_PREFIX}{_digest(vllm_config)}")
+        requests.mark(engine_request, None, f"{SALT_PREFIX}{config_hash(vllm_config)}")
     elif (engine_request.cache_salt or "").startswith(SALT_PREFIX):
         requests.mark(engine_request, None, ESCAPED_SALT)
-
-
-def _digest(vllm_config: Any) -> str:
-    from vllm_s2o.settings import resolve
-
-    global _last
-    if _last is None or _last[0] is not vllm_config:
-        _last = vllm_config, resolve(vllm_config).digest()
-    return _last[1]
