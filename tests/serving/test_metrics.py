@@ -341,14 +341,8 @@ def several(small, log_dir, count_tokens, told):
     assert left.is_dir() and list(left.glob("*.db")), "else a restart would have nothing to leave out"
     path = log_dir / "several.yaml"
     path.write_text(json.dumps({name: CONFIG[name] for name in FIELDS} | {"params": PARAMS}))
-    args = (
-        "--api-server-count",
-        "2",
-        "--data-parallel-size",
-        "2",
-        "--additional-config",
-        json.dumps({"s2o": str(path)}),
-    )
+    given = ("--additional-config", json.dumps({"s2o": str(path)}))
+    args = ("--api-server-count", "2", "--data-parallel-size", "2", *given)
     env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # else the engines look for a core each beside a reserved one
     with started(VllmServe, small, log_dir / "several.log", args, env) as server:
         # One that answers does not tell that the other one does: on two GPUs it came later, once.
