@@ -21,8 +21,6 @@ __all__ = ["ConfigError", "ModelTraits", "ResolvedConfig", "S2OParams", "load_co
 ENVIRONMENT = "VLLM_S2O_CONFIG"
 """Path of a config file, where --additional-config names none."""
 
-Read = Callable[[Path, str], dict[str, Any]]
-
 Matched = Literal["name", "dimensions", "default", "path"]
 
 _FOUND: dict[Matched, str] = {
@@ -171,7 +169,6 @@ def load_config(
     additional: str | dict | None = None,
     env: str | None = None,
     configs_dir: Path | Traversable | None = None,
-    read: Read = yaml_file.read,
 ) -> ResolvedConfig:
     """Find, merge and check the config of a model.
 
@@ -181,13 +178,12 @@ def load_config(
             "config" among them is a path to start from. Parameters may stand at the top level.
         env: a path to start from where `additional` names none.
         configs_dir: directory of the files to match; the shipped ones by default.
-        read: reads a file that is named by a path, given that and what messages call it.
 
     Raises:
         ConfigError: in one sentence, whatever is wrong.
     """
     with _one_line():
-        return _load(traits, additional, env, configs_dir or importlib.resources.files("vllm_s2o.configs"), read)
+        return _load(traits, additional, env, configs_dir or importlib.resources.files("vllm_s2o.configs"))
 
 
 def load_file(path: str) -> ConfigFile:
@@ -199,7 +195,7 @@ def load_file(path: str) -> ConfigFile:
     with _one_line():
         if not path.strip():
             raise ConfigError("the name of the file is empty; a path to a YAML config file is expected.")
-        return _checked(yaml_file.read(expanded(path), path), path)
+        return _checked(yaml_file.read(_expanded(path), path), path)
 
 
 @contextlib.contextmanager
@@ -210,9 +206,7 @@ def _one_line() -> Iterator[None]:
         raise ConfigError(" ".join(str(error).split())) from None
 
 
-def _load(
-    traits: ModelTraits, additional: Any, env: str | None, directory: Path | Traversable, read: Read
-) -> ResolvedConfig:
+def _load(traits: ModelTraits, additional: Any, env: str | None, directory: Path | Traversable) -> ResolvedConfig:
     overrides: dict[str, Any] = {}
     named_by: str | None
     path, named_by = additional, ADDITIONAL
@@ -224,7 +218,7 @@ def _load(
     if path is None:
         (fields, source, matched), named_by = _find(traits, directory), None
     else:
-        fields, source, matched = _read_path(path, named_by, read), str(path), "path"
+        fields, source, matched = _read_path(path, named_by), str(path), "path"
     file = _checked(fields, source)
     _check_layers(file, traits, source)
     origins = dict.fromkeys(_dotted(ConfigFile().model_dump()), "default")
@@ -286,15 +280,14 @@ def _lift_params(given: dict) -> dict[str, Any]:
     return {**fields, "params": params} if params else fields
 
 
-def _read_path(given: Any, named_by: str, read: Read) -> dict[str, Any]:
+def _read_path(given: Any, named_by: str) -> dict[str, Any]:
     if not isinstance(given, str) or not given.strip() or "\0" in given:
         also = ", or an object of fields" if named_by == ADDITIONAL else ""
         raise ConfigError(f"{named_by} cannot be {show(given)}; allowed is the path of a YAML config file{also}.")
-    return read(expanded(given), f"{given} (named by {named_by.partition(':')[0]})")
+    return yaml_file.read(_expanded(given), f"{given} (named by {named_by.partition(':')[0]})")
 
 
-def expanded(path: str) -> Path:
-    """What a user's name of a file stands for."""
+def _expanded(path: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:  # a user's home that does not exist

@@ -3,8 +3,6 @@
 Light on purpose: no CUDA context, no kernel, and nothing changes for a server without the flag.
 """
 
-from typing import Any
-
 from vllm_s2o import compat
 from vllm_s2o.compat import requests
 
@@ -34,7 +32,7 @@ def register() -> None:
     try:
         compat.register_backend()
         compat.install_hooks(check)
-        requests.follow_requests(admit)
+        requests.follow_requests(admit, hash_for_stores)
     except Exception:
         # An unsupported vLLM may have moved anything. A server without the flag must start all the same.
         if problem is None:
@@ -55,15 +53,14 @@ def check(vllm_config) -> None:
         compat.stop(ENCODER_DECODER)
     if compat.batch_invariant():
         compat.stop(BATCH_INVARIANT)
-    from vllm_s2o import metrics, settings
     from vllm_s2o.config import ConfigError
-    from vllm_s2o.metrics import place
+    from vllm_s2o.settings import resolve
 
-    logger = compat.logger()
     try:
-        config = settings.resolve(vllm_config, anew=place.current() is None or place.made_here())
+        config = resolve(vllm_config)
     except ConfigError as error:
         compat.stop(str(error))
+    logger = compat.logger()
     longest = model_config.max_model_len
     for doubt in (config.no_effect(longest, compat.longest_chunk(vllm_config)), config.beyond(longest)):
         if doubt is not None:
@@ -78,32 +75,26 @@ def check(vllm_config) -> None:
     ):
         if named:
             logger.warning(doubt, ", ".join(sorted(named)))
+    from vllm_s2o import metrics
+
     metrics.begin(str(model_config.model), logger, fixed=unseen)
-    if place.made_here():
-        try:
-            settings.keep(config)
-        except OSError as error:
-            logger.warning("s2o: %s must stay as it is while the server starts: no copy (%s).", config.source, error)
-    requests.follow_requests(admit, load=True)
+    requests.follow_requests(admit, hash_for_stores, load=True)
     requests.refuse_lost_wishes()
 
 
-def admit(vllm_config, engine_request) -> None:
+def hash_for_stores(vllm_config) -> str | None:
+    """Of the config that an engine runs with, where keys and values leave it. Asked for when it is built, as its layers
+    read the config: what comes of a file later changes nothing."""
+    if not compat.uses_s2o(vllm_config) or not requests.kv_connectors(vllm_config):
+        return None
+    from vllm_s2o.settings import resolve
+
+    return resolve(vllm_config).digest()
+
+
+def admit(vllm_config, engine_request, config_hash: str | None) -> None:
     """See `metrics.switch.admit`; imported with the first request of an engine with the flag."""
     if compat.uses_s2o(vllm_config):
         from vllm_s2o.metrics import switch
 
-        switch.admit(vllm_config, engine_request, _config_hash)
-
-
-_last: tuple[Any, str] | None = None
-"""The configuration of this process's engine, and the hash of its config."""
-
-
-def _config_hash(vllm_config: Any) -> str:
-    from vllm_s2o.settings import resolve
-
-    global _last
-    if _last is None or _last[0] is not vllm_config:
-        _last = vllm_config, resolve(vllm_config).digest()
-    return _last[1]
+        switch.admit(vllm_config, engine_request, config_hash)

@@ -90,7 +90,11 @@ def test_keys_and_values_from_another_engine(llama, tmp_path, witness, prefills,
         "kv_connector_extra_config": {"shared_storage_path": str(tmp_path / "store")},
     }  # fmt: skip
     options = {"kv_transfer_config": store, "max_num_batched_tokens": STORED}
-    with engines.engine(llama, prefills, **options) as llm:
+    path = tmp_path / "mine.yaml"
+    fields = {name: prefills[name] for name in ("min_seq_len", "min_query_len")}
+    path.write_text(json.dumps(fields | {"params": {k: v for k, v in prefills.items() if k not in fields}}))
+    with engines.engine(llama, {"config": str(path)}, **options) as llm:
+        path.unlink()  # it was read
         (prefilled,) = ask(llm, [prompt], prompt_logprobs=None)
     assert (witness.take().density < 0.9) == (prefills is SPARSE)
     with engines.engine(llama, decodes, **options) as llm:

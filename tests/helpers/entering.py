@@ -10,7 +10,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request
 
 from vllm_s2o.compat import requests
-from vllm_s2o.plugin import admit
+from vllm_s2o.plugin import admit, hash_for_stores
 
 
 def request(extra=None, salt=None, pooling=False, **fields) -> EngineCoreRequest:
@@ -37,7 +37,7 @@ def hashes(entered: EngineCoreRequest) -> list[bytes]:
 
 def decided(config, **fields) -> EngineCoreRequest:
     entered = request(**fields)
-    admit(config, entered)
+    admit(config, entered, hash_for_stores(config))
     return entered
 
 

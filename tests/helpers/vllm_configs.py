@@ -27,5 +27,5 @@ def configured(store: dict | None = None, **s2o) -> SimpleNamespace:
         ),
         additional_config={"s2o": s2o} if s2o else {},
     )
-    config.digest = resolve(config, anew=True).digest()
+    config.digest = resolve(config).digest()
     return config

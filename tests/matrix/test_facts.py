@@ -278,7 +278,9 @@ def test_both_ways_into_an_engine_pass_where_requests_are_decided(sources):
     within = ast.unparse(sources.tree("vllm.v1.engine.core_client"))
     assert "self.engine_core.preprocess_add_request(request)" in within
     assert "self.preprocess_add_request(req)" in ast.unparse(sources.tree("vllm.v1.engine.core"))
-    assert "load_general_plugins()" in lines(method(sources, "vllm.v1.engine.core.EngineCore", "__init__"))
+    body = ast.unparse(method(sources, "vllm.v1.engine.core.EngineCore", "__init__"))
+    assert 0 < body.index("load_general_plugins()") < body.index("self.vllm_config = vllm_config")
+    assert body.index("self.vllm_config = vllm_config") < body.index("self._initialize_kv_caches(vllm_config)")
 
 
 def test_extra_arguments_reach_the_workers(sources):
@@ -291,8 +293,12 @@ def test_extra_arguments_reach_the_workers(sources):
 def test_beam_search_is_asked_for_where_a_wish_is_refused(sources):
     """And its beams have no extra arguments, or it need not be refused."""
     asking = [path for path in sources.paths if "def to_beam_search_params" in sources.read(path)]
-    assert len(asking) >= 2
     assert all(path.startswith("vllm/entrypoints/") and path.endswith("/protocol.py") for path in asking)
+    openai = [path for path in asking if "/openai/" in path]
+    assert len(openai) == 2
+    for path in openai:
+        assert "    vllm_xargs: " in sources.read(path)
+        assert "request.to_beam_search_params(" in sources.read(path.replace("/protocol.py", "/serving.py"))
     assert "extra_args" not in sources.fields(sources.at("vllm.sampling_params.BeamSearchParams"))
 
 

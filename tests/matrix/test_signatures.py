@@ -42,6 +42,7 @@ METHODS = [
 ]
 METHODS += [
     ("follow_requests", "preprocess_add_request", "vllm.v1.engine.core.EngineCore"),
+    ("follow_requests", "_initialize_kv_caches", "vllm.v1.engine.core.EngineCore"),
     ("watch_steps", "execute_model", "vllm.v1.worker.worker_base.WorkerWrapperBase"),
 ]
 

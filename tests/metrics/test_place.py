@@ -293,20 +293,11 @@ def test_a_program_with_an_engine_that_can_be_switched_can_be(machine):
     assert place.here().fixed is None
 
 
-def test_a_copy_of_a_file(machine, tmp_path, monkeypatch):
-    path = tmp_path / "a file"
-    path.write_text("first")
-    place.keep(path)
-    assert place.kept(path) is None, "there is no server"
-    directory = place.establish("some/model")
-    assert place.kept(path) is None
-    place.keep(path)
-    path.unlink()
-    monkeypatch.chdir(tmp_path)
-    assert place.kept(Path("a file")).read_text() == "first"
-    assert [file.name for file in directory.iterdir() if file.suffix == ".new"] == []
-    with pytest.raises(FileNotFoundError):
-        place.keep(path)
+def test_what_a_server_says_of_itself_is_written_anew_where_nobody_can_read_it(machine):
+    directory = place.establish("some/model", fixed="why")
+    (directory / place.ABOUT).write_text("")
+    place.establish("another")
+    assert json.loads((directory / place.ABOUT).read_text())["fixed"] is None
 
 
 def test_a_variable_that_names_nothing_is_none(monkeypatch, tmp_path):

@@ -1,17 +1,13 @@
 """Keys and values of dense prompts, of sparse ones and of other configs never mix; where they may, it is said."""
 
-import copy
-from types import SimpleNamespace
-
 import pytest
 from entering import decided, hashes, request
+from vllm.v1.engine.core import EngineCore
 from vllm_configs import configured
 
 from vllm_s2o import compat, plugin
 from vllm_s2o.compat import requests
-from vllm_s2o.metrics import place
 from vllm_s2o.metrics.switch import SALT, set_switch
-from vllm_s2o.settings import resolve
 
 
 def test_blocks_of_dense_and_sparse_prompts_are_never_the_same(server):
@@ -54,43 +50,46 @@ def test_a_store_of_keys_and_values_is_parted_by_config(server):
     assert not set(dense[0]) & set(found[0])
 
 
-def test_a_store_is_parted_by_what_runs_and_not_by_what_a_file_says_later(tmp_path, monkeypatch):
-    """Engines and workers, in other processes, take the file as it was when the server started."""
+@pytest.fixture
+def engine(monkeypatch, server):
+    """As much of vLLM's engine as takes a request, before its caches are made."""
+    monkeypatch.setattr(EngineCore, "_initialize_kv_caches", lambda self, vllm_config: "made")
+    monkeypatch.setattr(EngineCore, "preprocess_add_request", lambda self, entered: (entered, 0))
+
+    def built(config) -> EngineCore:
+        made = object.__new__(EngineCore)
+        made.vllm_config = config
+        requests.follow_requests(plugin.admit, plugin.hash_for_stores, load=True)
+        assert made._initialize_kv_caches(config) == "made"
+        return made
+
+    return built
+
+
+def test_a_store_is_parted_by_what_runs_and_not_by_what_a_file_says_later(engine, tmp_path):
     path = tmp_path / "mine.yaml"
     store = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
 
-    def start(threshold: float) -> SimpleNamespace:
+    def start(threshold: float) -> EngineCore:
         path.write_text(f"params:\n  threshold: {threshold}\n")
-        config = configured(store=store, config=str(path))
-        plugin.check(config)
-        return config
+        return engine(configured(store=store, config=str(path)))
 
-    first = start(0.01)
-    path.write_text("params:\n  threshold: 0.02\n")
-    assert decided(copy.copy(first)).cache_salt == f"s2o-{first.digest}"
+    first, second = start(0.01), start(0.02)
     path.unlink()
-    assert resolve(first).params.threshold == 0.01
-    with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(place, "_mine", None)
-        elsewhere.setattr("multiprocessing.parent_process", lambda: "the one that made it")
-        plugin.check(copy.copy(first))  # a process of the server reads the configuration again
-    second = start(0.03)
-    assert resolve(second).params.threshold == 0.03, "what starts anew in this program takes the file as it is"
-    assert decided(second).cache_salt == f"s2o-{second.digest}" != f"s2o-{first.digest}"
+    for one in (first, second, first):
+        entered, _ = one.preprocess_add_request(request())
+        assert entered.cache_salt == f"s2o-{one.vllm_config.digest}"
+    assert first.vllm_config.digest != second.vllm_config.digest
 
 
-def test_where_nothing_can_be_kept_the_file_is_read(tmp_path, monkeypatch):
-    path = tmp_path / "mine.yaml"
-    path.write_text("params:\n  threshold: 0.01\n")
-    lines = []
-    monkeypatch.setattr(compat.logger(), "warning", lambda line, *values: lines.append(line % values))
-    monkeypatch.setattr(place, "keep", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    config = configured(config=str(path))
-    plugin.check(config)
-    assert [line for line in lines if "No space left" in line] == [
-        f"s2o: {path} must stay as it is while the server starts: no copy ([Errno 28] No space left on device)."
-    ]
-    assert resolve(config).params.threshold == 0.01
+def test_an_engine_without_the_flag_that_came_before_is_left_alone(engine):
+    config = configured(store={"kv_connector": "OffloadingConnector", "kv_role": "kv_both"})
+    engine(config)
+    before = object.__new__(EngineCore)
+    before.vllm_config = config
+    config.attention_config.backend = None
+    entered, _ = before.preprocess_add_request(request())
+    assert entered.cache_salt is None
 
 
 def test_salts_are_written_as_documented(server):

@@ -79,7 +79,7 @@ def test_parameters_that_requests_share_are_not_changed(server):
     shared = SamplingParams(extra_args={"other": 1})
     set_switch(False)
     first = request(sampling_params=shared)
-    admit(configured(), first)
+    admit(configured(), first, None)
     assert shared.extra_args == {"other": 1}
     assert first.sampling_params.extra_args == {"other": 1, "s2o": "off"}
 
@@ -103,9 +103,10 @@ def test_the_rest_is_let_through(extra):
 @pytest.fixture
 def engine(monkeypatch, server):
     """As much of vLLM's engine as handles a new request."""
-    monkeypatch.setattr(EngineCore, "preprocess_add_request", EngineCore.preprocess_add_request)
+    for name in ("preprocess_add_request", "_initialize_kv_caches"):
+        monkeypatch.setattr(EngineCore, name, getattr(EngineCore, name))
     monkeypatch.setattr(Scheduler, "_update_request_as_session", Scheduler._update_request_as_session)
-    requests.follow_requests(plugin.admit, load=True)
+    requests.follow_requests(plugin.admit, plugin.hash_for_stores, load=True)
     made = object.__new__(EngineCore)
     made.mm_receiver_cache = None
     made.request_block_hasher = None
@@ -128,7 +129,7 @@ def test_an_engine_without_the_flag_is_left_alone(engine):
 
 def test_the_engine_is_hooked_once(engine):
     once = EngineCore.preprocess_add_request, Scheduler._update_request_as_session
-    requests.follow_requests(plugin.admit, load=True)
+    requests.follow_requests(plugin.admit, plugin.hash_for_stores, load=True)
     assert (EngineCore.preprocess_add_request, Scheduler._update_request_as_session) == once
 
 
@@ -250,7 +251,7 @@ def test_a_wish_that_no_platform_has_looked_at_is_refused_by_the_engine(server):
     for wish in ("off", "sparse", 1):
         entered = request(extra={"s2o": wish})
         with pytest.raises(RuntimeError, match="allowed is 'dense'"):
-            admit(configured(), entered)
+            admit(configured(), entered, None)
 
 
 BEAM_SEARCH = {

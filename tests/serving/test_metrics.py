@@ -36,8 +36,6 @@ CONFIG = {
     "min_seq_len": 256, "min_query_len": 32, "segment_len": 64, "tile_size": 32, "key_block": 16, "budget": 0.25,
     "dense_tail": 0,
 }  # fmt: skip
-FIELDS = ("min_seq_len", "min_query_len")
-PARAMS = {name: value for name, value in CONFIG.items() if name not in FIELDS}
 CHUNK = 512
 ARGS = (
     *BY_NAME, "--additional-config", json.dumps({"s2o": CONFIG}), "--load-format", "dummy",
@@ -329,8 +327,7 @@ def test_a_missing_file_does_not_break_metrics(told):
 
 @pytest.fixture(scope="module")
 def several(small, log_dir, count_tokens, told):
-    """Started where another server was killed in the middle of its work, which first answers some prompts. Its config
-    is in a file, which is gone before the first prompt comes."""
+    """Started where another server was killed in the middle of its work, which first answers some prompts."""
     if CUDA and torch.cuda.device_count() < 2:
         pytest.skip("each engine takes a GPU of its own")
     texts = [needle(1400, 0.5, 1000 + seed, count_tokens).prompt for seed in range(4)]  # nobody else asks them
@@ -339,10 +336,7 @@ def several(small, log_dir, count_tokens, told):
     os.killpg(told.server.process.pid, signal.SIGKILL)
     told.server.process.wait(60)
     assert left.is_dir() and list(left.glob("*.db")), "else a restart would have nothing to leave out"
-    path = log_dir / "several.yaml"
-    path.write_text(json.dumps({name: CONFIG[name] for name in FIELDS} | {"params": PARAMS}))
-    given = ("--additional-config", json.dumps({"s2o": str(path)}))
-    args = ("--api-server-count", "2", "--data-parallel-size", "2", *given)
+    args = ("--api-server-count", "2", "--data-parallel-size", "2")
     env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # else the engines look for a core each beside a reserved one
     with started(VllmServe, small, log_dir / "several.log", args, env) as server:
         # One that answers does not tell that the other one does: on two GPUs it came later, once.
@@ -350,7 +344,6 @@ def several(small, log_dir, count_tokens, told):
         while (ready := server.log.count("Application startup complete.")) < 2 and time.monotonic() < deadline:
             time.sleep(0.5)
         assert ready == 2, "one server alone was started"
-        path.unlink()
         yield Told(server, count_tokens), left, answers
 
 

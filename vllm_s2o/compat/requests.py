@@ -46,8 +46,9 @@ def keep_decisions() -> None:
     Scheduler._update_request_as_session = hook
 
 
-def follow_requests(admit: Callable[[Any, Any], None], load: bool = False) -> None:
-    """Call `admit` with the configuration and each request that enters an engine, whatever its flags.
+def follow_requests(admit: Callable[[Any, Any, Any], None], started: Callable[[Any], Any], load: bool = False) -> None:
+    """Call `admit` with the configuration, each request that enters an engine, and what `started` said of the
+    configuration when the engine was built; whatever its flags.
 
     Args:
         load: make it so in this process; otherwise only if it has an engine, whose module is heavy.
@@ -59,15 +60,22 @@ def follow_requests(admit: Callable[[Any, Any], None], load: bool = False) -> No
     keep_decisions()
     if getattr(EngineCore.preprocess_add_request, "s2o", False):
         return
-    preprocess = EngineCore.preprocess_add_request
+    preprocess, initialize = EngineCore.preprocess_add_request, EngineCore._initialize_kv_caches
+
+    # An engine's `__init__` loads the plugins, and calls this one afterwards, in which its workers read the config.
+    def _initialize_kv_caches(self, *args, **kwargs):
+        done = initialize(self, *args, **kwargs)
+        self.s2o_started = started(self.vllm_config)
+        return done
 
     def preprocess_add_request(self, request):
-        admit(self.vllm_config, request)
+        admit(self.vllm_config, request, getattr(self, "s2o_started", None))  # none was built before there was a flag
         return preprocess(self, request)
 
     hook: Any = preprocess_add_request
     hook.s2o = True
     EngineCore.preprocess_add_request = hook
+    EngineCore._initialize_kv_caches = _initialize_kv_caches
 
 
 def wish(engine_request) -> Any:

@@ -9,7 +9,6 @@ asks for before it removes what is old in it.
 import atexit
 import contextlib
 import fcntl
-import hashlib
 import json
 import multiprocessing
 import os
@@ -109,31 +108,13 @@ def establish(model: str, started: bool = False, fixed: str | None = None) -> Pa
 def _describe(directory: Path, **fields: Any) -> None:
     """What a server says of itself: `fields`, beside others that stand there."""
     path = directory / ABOUT
-    held = json.loads(path.read_text()) if path.exists() else {}
+    held: dict[str, Any] = {}
+    with contextlib.suppress(FileNotFoundError, ValueError):  # what nobody can read is written anew
+        held = dict(json.loads(path.read_text()))
     if held | fields != held:
         whole = directory / f"{ABOUT}.{os.getpid()}.new"
         whole.write_text(json.dumps(held | fields))
         whole.replace(path)
-
-
-def _kept_name(path: Path) -> str:
-    return hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16] + ".kept"
-
-
-def keep(path: Path) -> None:
-    """A copy of a file for this server's processes, which find it whatever comes of the file. Raises OSError."""
-    directory = current()
-    if directory is not None:
-        whole = directory / f"{_kept_name(path)}.new"
-        shutil.copyfile(path, whole)
-        whole.replace(directory / _kept_name(path))
-
-
-def kept(path: Path) -> Path | None:
-    """The copy, where there is one: on other machines, for one, there is none."""
-    directory = current()
-    found = None if directory is None else directory / _kept_name(path)
-    return found if found is not None and found.is_file() else None
 
 
 def _keep(directory: Path) -> None:

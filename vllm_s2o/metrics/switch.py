@@ -6,7 +6,6 @@ gets a cache salt: vLLM's prefix cache then never gives it keys and values of a 
 """
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 from vllm_s2o.compat import requests
@@ -53,11 +52,11 @@ def show(server: place.Server, on: bool, logger: logging.Logger) -> None:
         logger.warning("s2o: new prompts are %s, which /metrics does not show: %s.", "sparse" if on else "dense", error)
 
 
-def admit(vllm_config: Any, engine_request: Any, config_hash: Callable[[Any], str]) -> None:
+def admit(vllm_config: Any, engine_request: Any, config_hash: str | None) -> None:
     """Decide how a request that enters the engine is computed, and mark it.
 
     Args:
-        config_hash: tells the hash of the config that a VllmConfig stands for.
+        config_hash: of the engine's config, where keys and values leave it through a connector, else None.
     """
     wrong = requests.wrong_wish(engine_request)
     if wrong is not None:  # of a client that no process of vLLM's API has asked, whose platform would have refused it
@@ -72,7 +71,7 @@ def admit(vllm_config: Any, engine_request: Any, config_hash: Callable[[Any], st
         raise RuntimeError(f"s2o: a request asks for dense attention, which cannot be had here: {problem}")
     if mark and not problem:
         requests.mark(engine_request, mark, SALT)
-    elif requests.kv_connectors(vllm_config):
-        requests.mark(engine_request, None, f"{SALT_PREFIX}{config_hash(vllm_config)}")
+    elif config_hash is not None:
+        requests.mark(engine_request, None, f"{SALT_PREFIX}{config_hash}")
     elif (engine_request.cache_salt or "").startswith(SALT_PREFIX):
         requests.mark(engine_request, None, ESCAPED_SALT)
