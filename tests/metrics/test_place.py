@@ -265,6 +265,14 @@ def test_files_without_a_server_have_no_place(monkeypatch, tmp_path):
     assert place.writer("1") == "1"
 
 
+def test_figures_go_on_where_the_servers_own_directory_is_gone(monkeypatch, tmp_path):
+    monkeypatch.setenv(place.MERGED, str(tmp_path))
+    name = place.establish("some/model").name
+    shutil.rmtree(place.current())
+    assert place.current() is None
+    assert (place.figures_directory(), place.writer("1")) == (tmp_path, f"{name}-1")
+
+
 def test_who_lives(machine, monkeypatch):
     """Also where nobody left a lock, as in a container that starts again: processes have the numbers that they had."""
     holder = Holder(machine)

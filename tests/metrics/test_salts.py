@@ -56,11 +56,13 @@ def engine(monkeypatch, server):
     monkeypatch.setattr(EngineCore, "_initialize_kv_caches", lambda self, vllm_config: "made")
     monkeypatch.setattr(EngineCore, "preprocess_add_request", lambda self, entered: (entered, 0))
 
-    def built(config) -> EngineCore:
+    def built(config, late: bool = False) -> EngineCore:
         made = object.__new__(EngineCore)
         made.vllm_config = config
-        requests.follow_requests(plugin.admit, plugin.hash_for_stores, load=True)
+        if not late:
+            requests.follow_requests(plugin.admit, plugin.hash_for_stores, load=True)
         assert made._initialize_kv_caches(config) == "made"
+        requests.follow_requests(plugin.admit, plugin.hash_for_stores, load=True)
         return made
 
     return built
@@ -80,6 +82,14 @@ def test_a_store_is_parted_by_what_runs_and_not_by_what_a_file_says_later(engine
         entered, _ = one.preprocess_add_request(request())
         assert entered.cache_salt == f"s2o-{one.vllm_config.digest}"
     assert first.vllm_config.digest != second.vllm_config.digest
+
+
+def test_an_engine_that_was_built_before_the_hooks_parts_its_store_too(engine):
+    """A spawned process may have loaded the plugins before it had an engine to hook."""
+    late = engine(configured(store={"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}), late=True)
+    assert not hasattr(late, "s2o_started"), "else nothing is tried"
+    entered, _ = late.preprocess_add_request(request())
+    assert entered.cache_salt == f"s2o-{late.vllm_config.digest}"
 
 
 def test_an_engine_without_the_flag_that_came_before_is_left_alone(engine):

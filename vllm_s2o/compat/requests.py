@@ -69,7 +69,9 @@ def follow_requests(admit: Callable[[Any, Any, Any], None], started: Callable[[A
         return done
 
     def preprocess_add_request(self, request):
-        admit(self.vllm_config, request, getattr(self, "s2o_started", None))  # none was built before there was a flag
+        if not hasattr(self, "s2o_started"):  # the engine was built before this process had the hooks
+            self.s2o_started = started(self.vllm_config)
+        admit(self.vllm_config, request, self.s2o_started)
         return preprocess(self, request)
 
     hook: Any = preprocess_add_request

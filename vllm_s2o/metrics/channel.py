@@ -95,7 +95,7 @@ class Writer:
     """What one process has counted. For any number of threads; raises OSError where files cannot be made."""
 
     def __init__(self, directory: Path, writer: str):
-        self.directory, self._writer = directory, writer
+        self.directory, self.name = directory, writer
         self._files: dict[str, MmapedDict] = {}
         self._lock = threading.Lock()
 
@@ -124,7 +124,7 @@ class Writer:
 
     def _file(self, series: Series) -> MmapedDict:
         if series.prefix not in self._files:
-            with _new(self.directory / file_name(series, self._writer)) as made:
+            with _new(self.directory / file_name(series, self.name)) as made:
                 pass
             self._files[series.prefix] = made
         return self._files[series.prefix]

@@ -182,8 +182,7 @@ class Recorder:
                 writer.observe(DENSITY, prompt.density)
                 with self._showing:
                     self._recent.append((labels, prompt.density))
-                    name = place.writer(f"{os.getpid()}-prompts")
-                    write_alone(writer.directory, name, PROMPT, list(self._recent))
+                    write_alone(writer.directory, f"{writer.name}-prompts", PROMPT, list(self._recent))
 
 
 @dataclass(frozen=True)

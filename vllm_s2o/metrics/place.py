@@ -167,14 +167,14 @@ def switched_off() -> bool:
 
 def figures_directory() -> Path | None:
     """Where this server's processes write their figures."""
-    merged, directory = os.environ.get(MERGED), current()
-    return Path(merged) if directory is not None and merged and Path(merged).is_dir() else directory
+    merged, given = os.environ.get(MERGED), os.environ.get(VARIABLE)
+    return Path(merged) if given and merged and Path(merged).is_dir() else current()
 
 
 def writer(which: str) -> str:
     """What files of this process's server are named by: several servers may write to one directory of the user's."""
-    server = current()
-    return which if server is None else f"{server.name}-{which}"
+    given = os.environ.get(VARIABLE)
+    return f"{Path(given).name}-{which}" if given else which
 
 
 def lives(name: str) -> bool:
