@@ -183,9 +183,8 @@ IN_USE = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cac
 """Requests that run or wait, and the share of the caches in use."""
 TIMED = ("vllm_s2o_attention_seconds_total", "vllm_s2o_ranking_seconds_total")
 """Of one layer a step."""
-
-
 CACHED = "vllm:prefix_cache_hits_total"
+"""Tokens of prompts that came from the cache."""
 
 
 def shown(server: Server, names: tuple[str, ...]) -> dict[str, float]:
@@ -353,9 +352,8 @@ def parse() -> argparse.Namespace:
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     """Rows of other models, machines, configs and loads stay."""
-    same = ("gpu", "vllm", "model", "config", "requests", "tokens_min", "tokens_max", "concurrency", "again",
-        "asked_dense",
-    )  # fmt: skip
+    load = ("requests", "tokens_min", "tokens_max", "concurrency", "again", "asked_dense")
+    same = ("gpu", "vllm", "model", "config", *load)
     mine = {tuple(str(row.get(name)) for name in same) for row in rows}
     held = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
     kept = [row for row in held if tuple(row.get(name, "") for name in same) not in mine]

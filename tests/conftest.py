@@ -20,7 +20,7 @@ WHOLE = {
     "tests/serving/test_bad_config.py": "servers that share nothing with other tests",
     "tests/cli/test_command.py": "environments with the package installed",
     "tests/test_examples.py": "vLLM's parser, which takes all of vLLM to import",
-    "tests/test_plugin.py": "two processes that import all of vLLM",
+    "tests/test_plugin_processes.py": "two processes that import all of vLLM",
 }
 """Files whose tests share what takes long to make, and what that is."""
 

@@ -173,8 +173,9 @@ class S2OMetadataBuilder(DENSE_BUILDER):
                 line = f"{len(sparse)} of {len(own)} attention layers take {paths} for long prefills"
                 say_once(line, logging.INFO if sparse else logging.WARNING)
             server = place.here()
-            can = server is not None and server.fixed is None
-            switch = f"; off and on again: vllm-s2o switch off --server {server.pid}" if server and can else ""
+            switch = ""
+            if server is not None and server.fixed is None:
+                switch = f"; off and on again: vllm-s2o switch off --server {server.pid}"
             say_once(f"config hash {self.s2o.digest()}{switch}")
             if compat.tensor_parallel()[0] == 0:
                 recorder.start(self.s2o.digest(), self.s2o.source)

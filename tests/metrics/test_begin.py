@@ -57,7 +57,7 @@ SERVER = """
 import logging, sys, tempfile
 tempfile.tempdir = sys.argv[1]
 from vllm_s2o import metrics
-from vllm_s2o.metrics.figures import TOKENS, Recorder, figures
+from vllm_s2o.metrics.figures import Recorder, figures
 
 logger = logging.Logger("figures")
 metrics.begin(sys.argv[2], logger)
