@@ -1,5 +1,6 @@
 """Compile kernels for a Hopper GPU, on any machine, look at what was compiled, and print the shared memory that each
-takes: those in Gluon, and in Triton the one that takes most and those whose products run on while warps go on.
+takes: those in Gluon, and in Triton those that take most, those whose products run on while warps go on, and what compilers
+got wrong before.
 
 A process of its own, because tests without a GPU have Triton's interpreter, which Gluon has not.
 """
@@ -10,10 +11,12 @@ import math
 import torch
 import triton
 from barriers import check_barriers
-from running_products import check_running_products, disassemble
+from machine_code import disassemble
+from running_products import check_running_products
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
+from unwritten_registers import check_unwritten_registers
 
 from vllm_s2o.kernels import hopper, naive, prefill, rank, vote
 from vllm_s2o.kernels.common import block_dim
@@ -47,7 +50,9 @@ def compile_for_hopper(
     )  # fmt: skip
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     check_barriers(compiled.asm["ptx"])
-    products = check_running_products(disassemble(compiled.asm["cubin"]))
+    sass = disassemble(compiled.asm["cubin"])
+    check_unwritten_registers(sass)
+    products = check_running_products(sass)
     if "wgmma.mma_async" in compiled.asm["ptx"] and not products:
         raise SystemExit("no product was found: is machine code written otherwise now?")
     return compiled.metadata.shared
@@ -63,17 +68,19 @@ def main() -> None:
     # Everything that the kernel does otherwise for other problems, at once.
     attend |= dict(D=64, HALVES=1, RANKED=4)
     print("attend_other", compile_for_hopper(hopper._attend, attend, "fp16", num_warps=4, maxnreg=248))
-    for head_size, tile in ((32, 64), (256, 64)):
-        tiled = prefill.launch(torch.empty(1, 1, head_size, dtype=torch.bfloat16, device="meta"), tile, 256)
+    for head_size, apart in ((32, False), (32, True), (256, False)):
+        tiled = prefill.launch(torch.empty(1, 1, head_size, dtype=torch.bfloat16, device="meta"), 64, 256)
+        # Of one KV head, with the numbers of a key as far apart as keys are elsewhere, and nothing at a multiple of 16.
+        strides = dict(stride_k_token=1) if apart else dict(stride_k_dim=1)
         taken = compile_for_hopper(
             prefill._attend,
             dict(
-                PAGE=16, GROUP=4, RANKED=4, D=head_size, BLOCK_D=block_dim(head_size), TILE=tile, BLOCK=tiled.block,
-                UNIT=64, INTERVAL=4, PRECISION="ieee", stride_k_dim=1, stride_v_dim=1,
+                PAGE=16, GROUP=4, RANKED=4, D=head_size, BLOCK_D=block_dim(head_size), TILE=64, BLOCK=tiled.block,
+                UNIT=64, INTERVAL=4, PRECISION="tf32", stride_v_dim=1, **strides,
             ),
-            language=ASTSource, num_warps=tiled.num_warps, num_stages=tiled.num_stages,
+            language=ASTSource, aligned=not apart, num_warps=tiled.num_warps, num_stages=tiled.num_stages,
         )  # fmt: skip
-        print(f"attend_triton_{head_size}", taken)
+        print(f"attend_triton_{head_size}{'_apart' if apart else ''}", taken)
     sort = dict(BLOCK=32 * vote.ROUNDS, CLASSES=vote.CLASSES)
     print("count", compile_for_hopper(vote.count, dict(BLOCKS=4, **sort), num_warps=1))
     strides = {

@@ -7,21 +7,14 @@ instructions from these registers, and before 13.3 it did not always (triton-lan
 """
 
 import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
-import triton
+from machine_code import Code, Meeting
 
-NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-LABEL = re.compile(r"(\.L_x_\d+):")
-INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*(\S+)\s*(.*?)\s*;")
 PRODUCT = re.compile(r"HGMMA\.64x(\d+)x\d+\S* (R\d+), (?:(R\d+), )?gdesc\[\S+, (?:\2|RZ)(?=,|$)")
 WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)")
 UNKNOWN = re.compile(r"\w*GMMA|WARPGROUP\.DEPBAR|BRX|JMP|JMX|CALL|RET")
 """What would have to be understood before anything is said of a kernel with it; those of these that are, come first."""
-LABELLED = re.compile(r"\.L_x_\d+")
 REGISTER = re.compile(r"(?<![A-Z])R(\d+)(\.64)?")
 LEFT = 4
 """Registers of a left operand: 64 rows of 16 columns of 16 bits, over 128 threads."""
@@ -34,13 +27,6 @@ class Group:
     accumulators: frozenset[range] = frozenset()
     lefts: frozenset[range] = frozenset()
     complete: bool = False
-
-
-def disassemble(cubin: bytes) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([NVDISASM, "-c", file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _named(text: str) -> set[int]:
@@ -94,33 +80,17 @@ def check_running_products(sass: str) -> int:
     Raises:
         SystemExit: one of them needs a register that another instruction touches before it is waited for.
     """
-    code: list[tuple[str, str | None, str]] = []
-    labels: dict[str, int] = {}
-    for line in sass.splitlines():
-        if label := LABEL.match(line):
-            labels[label[1]] = len(code)
-        elif found := INSTRUCTION.match(line):
-            code.append((found[1], found[2], f"{found[3]} {found[4]}"))
-    # Where to go on, the groups that run there, and where the threads of each barrier meet.
-    paths: list[tuple[int, tuple[Group, ...], tuple[tuple[str, int], ...]]] = [(0, (), ())]
+    code = Code.read(sass)
+    paths: list[tuple[int, tuple[Group, ...], Meeting]] = [(0, (), ())] if code.instructions else []
     seen = set()
     while paths:
-        at, running, meeting = paths.pop()
-        while at < len(code) and (at, running, meeting) not in seen:
-            seen.add((at, running, meeting))
-            address, predicate, text = code[at]
-            running, touched = _after(text, predicate, running)
-            if touched:
-                raise SystemExit(f"at {address}, {text} touches what a running product needs")
-            goal = labels[LABELLED.search(text)[0]] if re.match("BRA|BSSY", text) else None
-            if text.startswith("BSSY"):
-                barrier = text.split()[1].strip(",")
-                meeting = (*(other for other in meeting if other[0] != barrier), (barrier, goal))
-            elif text.startswith("BSYNC"):
-                goal = dict(meeting)[text.split()[1]]
-            if text.startswith(("BRA", "BSYNC")):
-                paths.append((goal, running, meeting))
-            if predicate is None and re.match(r"(BRA(?!\.DIV)|EXIT|BSYNC)\b(?!.*\bU?P\d)", text):
-                break
-            at += 1
-    return sum(bool(PRODUCT.match(text)) for _, _, text in code)
+        at, running, meeting = path = paths.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        here = code.instructions[at]
+        running, touched = _after(here.text, here.predicate, running)
+        if touched:
+            raise SystemExit(f"at {here.address}, {here.text} touches what a running product needs")
+        paths += [(goal, running, met) for goal, met in code.after(at, meeting)]
+    return sum(bool(PRODUCT.match(one.text)) for one in code.instructions)
