@@ -276,9 +276,9 @@ def launch(query: torch.Tensor, tile_size: int, interval: int) -> Launch:
     """
     head_size = query.shape[2]
     size = block_dim(head_size)
-    # Four bytes a number, of heads that are padded to 256: keys and values of 64 take more than there is. Of heads of 32
-    # ptxas 12.8, which Triton 3.6 has, compiles products with 64 keys whose numbers lie apart wrongly (tests/helpers/
-    # unwritten_registers.py).
+    # Four bytes a number, of heads that are padded to 256: keys and values of 64 take more than there is. Of heads of
+    # 32, ptxas 12.8 (which Triton 3.6 has) compiles products with 64 keys whose numbers lie apart wrongly:
+    # tests/helpers/unwritten_registers.py.
     block = 64 if size > 32 and size * query.dtype.itemsize <= 512 else 32
     rule = dict(block=block, num_warps=8 if tile_size * size >= 128 * 128 else 4, num_stages=3 if size <= 128 else 2)
     if tile_size == 128 and query.dtype.itemsize <= 2:

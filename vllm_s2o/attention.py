@@ -1,7 +1,6 @@
 """`prefill_attention`: plans the step and runs its stages on the device at hand."""
 
 import contextlib
-import functools
 import importlib
 import itertools
 from collections.abc import Callable, Sequence
@@ -252,71 +251,6 @@ def run_wave(
         tile_size=params.tile_size, value_scale=value_scale, num_rankings=num_rankings,
     )  # fmt: skip
     return WaveDone(slots, pairs)
-
-
-@functools.cache
-def warm_up(
-    num_heads: int, cache_shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, params: S2OParams,
-    query_dtype: torch.dtype | None = None, cache_dtype: torch.dtype | None = None,
-) -> str | None:  # fmt: skip
-    """Compile what the kernels need before the first request does, on a cache of zeros.
-
-    Args:
-        cache_shape: (block_size, num_kv_heads, head_size)
-        query_dtype, cache_dtype: where they are not the model's `dtype`.
-
-    Returns:
-        Why the kernels cannot run on this GPU, or None.
-    """
-    from triton.runtime.errors import OutOfResources
-
-    given = (num_heads, cache_shape, dtype, device, params, query_dtype, cache_dtype)
-    block_size, num_kv_heads, head_size = cache_shape
-    # No kernel depends on thresholds, of which a list counts the model's heads and not this rank's, nor on the length
-    # of segments.
-    params = params.model_copy(update={"threshold": 0.0, "segment_len": params.tile_size})
-    num_rankings = params.num_rankings(num_heads, num_kv_heads)
-    length = 3 * params.segment_len
-    blocks = -(-length // block_size)
-    query = torch.zeros(length, num_heads, head_size, dtype=query_dtype or dtype, device=device)
-    out = torch.empty(query.shape, dtype=dtype, device=device)
-    block_table = torch.arange(blocks, dtype=torch.int32, device=device)[None]
-    # As vLLM's caches lie from 0.26 on. Before, heads lie a head's size apart: where that is no multiple of 16, Triton
-    # compiles again.
-    joined = torch.zeros(blocks, num_kv_heads, block_size, 2 * head_size, dtype=cache_dtype or dtype, device=device)
-    layouts = [joined.transpose(1, 2).split(head_size, dim=-1)]
-    if head_size % 16:
-        apart = torch.zeros(blocks, 2, *cache_shape, dtype=cache_dtype or dtype, device=device)
-        layouts.append(apart.unbind(1))
-
-    def compile_all() -> None:
-        for query_len in (params.segment_len, length):  # scores of one segment and of several are separate kernels
-            plan = to_device(plan_step([query_len], [length], params, num_rankings), device)
-            for keys, values in layouts:
-                run(query[:query_len], keys, values, block_table, plan, params, 1.0, out[:query_len])
-
-    kernels = stages("auto", device)
-    try:
-        compile_all()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a compiler says of kernels written for other versions of it
-        if getattr(kernels, "uses_gluon", bool)():
-            kernels.give_up(f"they do not compile here ({type(error).__name__})")
-            # What was compiled before counted on the Gluon kernels too.
-            warm_up.cache_clear()
-            again, _warmed[:] = [*_warmed, given], []
-            return [warm_up(*one) for one in again][-1]
-        if not isinstance(error, OutOfResources):
-            raise
-        sizes = f"head size {head_size} with tile_size={params.tile_size} and key_block={params.key_block}"
-        return f"{sizes} needs {error.required} of {error.name}, this GPU has {error.limit}"
-    _warmed.append(given)
-    return None
-
-
-_warmed: list[tuple] = []
-"""What `warm_up` has compiled for."""
 
 
 def prefill_attention(

@@ -25,6 +25,7 @@ from vllm_s2o.metrics.figures import Recorder
 from vllm_s2o.metrics.prompts import Prompts
 from vllm_s2o.plan import dense_runs, most_segments, workspace_slots
 from vllm_s2o.settings import resolve
+from vllm_s2o.warm_up import warm_up
 
 logger = compat.logger()
 recorder = Recorder(logger)
@@ -141,7 +142,7 @@ class S2OMetadataBuilder(DENSE_BUILDER):
             for num_heads in sorted({layer.impl.num_heads for layer in self.s2o_layers}):
                 dtypes = caches.kernel_dtypes(self.s2o_layers[0].impl)
                 dtype = vllm_config.model_config.dtype
-                wrong = attention.warm_up(num_heads, shape, dtype, device, self.s2o.params, *dtypes)
+                wrong = warm_up(num_heads, shape, dtype, device, self.s2o.params, *dtypes)
                 problem = problem or wrong
         dense: dict[str, list[str]] = {}
         for layer in ours:

@@ -1,6 +1,6 @@
 """Compile kernels for a Hopper GPU, on any machine, look at what was compiled, and print the shared memory that each
-takes: those in Gluon, and in Triton those that take most, those whose products run on while warps go on, and what compilers
-got wrong before.
+takes: those in Gluon, and in Triton those that take most, those whose products run on while warps go on, and what a
+compiler got wrong before.
 
 A process of its own, because tests without a GPU have Triton's interpreter, which Gluon has not.
 """

@@ -33,7 +33,7 @@ def _named(text: str) -> set[int]:
     """The registers of an instruction, read or written. Rather more than fewer: one that takes 64 or 128 bits anywhere
     is believed to take them wherever it names a register, but for addresses."""
     operation = text.split()[0]
-    width = 4 if re.search(r"\.128|M88\.4", operation) else 2 if re.search(r"\.64|WIDE|M88\.2", operation) else 1
+    width = 4 if re.search(r"\.128|MT?88\.4", operation) else 2 if re.search(r"\.64|WIDE|MT?88\.2", operation) else 1
     addresses = re.findall(r"\[.*?\]", text)
     operands = re.sub(r"\[.*?\]", "", text)
     return {

@@ -1,9 +1,9 @@
 """Whether a kernel, as compiled, reads a register that nothing wrote before.
 
-ptxas 12.8, which Triton 3.6 has, compiles S2O's Triton kernel so for heads of 32 and tiles of 64 rows, where the numbers
-of a key lie apart: the address of the values for a product is computed from a register before that is written. Such a
-product takes its values from wherever the register points: results are wrong, or the process ends with an illegal memory
-access (`benchmarks/lab.md`).
+ptxas 12.8, which Triton 3.6 has, compiled S2O's Triton kernel so for heads of 32, tiles of 64 rows and blocks of 64 keys
+where the numbers of a key lie apart: it took the address of the values for a product from a register that nothing had
+written. Such a product takes its values from wherever that points: results are wrong, or the process ends with an
+illegal memory access (`benchmarks/lab.md`).
 """
 
 import re
@@ -30,7 +30,7 @@ Name = tuple[str, int]
 
 def _widest(operation: str) -> int:
     """How many registers an instruction may write, rather too many."""
-    if re.search(r"128|M88|HMMA|IMMA|DMMA", operation):
+    if re.search(r"128|LDSM|HMMA|IMMA|DMMA", operation):
         return 4
     return 2 if re.search(r"64|WIDE|CS2R(?!\.32)|^D(ADD|MUL|FMA)", operation) else 1
 

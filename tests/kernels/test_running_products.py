@@ -51,6 +51,7 @@ def test_registers_of_finished_products_are_anybody_s():
         "LDS.128 R53, [R3+UR10]",  # what is not named is touched, too
         "LDS.64 R55, [R3]",
         "LDSM.16.M88.4 R53, [R3]",
+        "LDSM.16.MT88.4 R53, [R3]",
         "IMAD.WIDE R55, R3, 0x4, R4",
         "LDG.E R3, desc[UR4][R55.64+0x10]",
         "HGMMA.64x64x16.F32.BF16 R88, R120, gdesc[UR16].tnspB, R88, gsb0",  # adds up where a left operand is,

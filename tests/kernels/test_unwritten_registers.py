@@ -14,7 +14,7 @@ def check(*lines: str) -> int:
 
 
 def test_a_descriptor_from_a_register_that_nothing_wrote_is_found():
-    """As ptxas 12.8 did it: the address of the values, in UR6, is taken from UR22, and what was to write that is gone."""
+    """As ptxas 12.8 did it: the address of the values is in UR6, and taken from UR22."""
     values = ["UIADD3 UR5, UR24, 0x1000, URZ", "USGXT.U32 UR6, UR5, 0xe"]
     right = ["UIADD3 UR22, UP0, UR6, 0x40, URZ", "UIADD3.X UR23, URZ, -0x7fffffe0, URZ, UP0, !UPT"]
     start = ["ULDC UR24, c[0x0][0x210]", *LEFT, *values]
@@ -45,13 +45,16 @@ def test_a_descriptor_from_a_register_that_nothing_wrote_is_found():
 )
 def test_what_nothing_wrote_is_not_read(line):
     with pytest.raises(SystemExit, match="which nothing wrote before"):
-        check("ULDC.64 UR4, c[0x0][0x208]", "LDC.64 R2, c[0x0][0x230]", "CS2R R4, SRZ", "LDS.64 R6, [UR4]", line, "EXIT")
+        check(
+            "ULDC.64 UR4, c[0x0][0x208]", "LDC.64 R2, c[0x0][0x230]", "CS2R R4, SRZ", "LDS.64 R6, [UR4]", line, "EXIT"
+        )
 
 
 @pytest.mark.parametrize(
     "lines",
     [
         ["LDS.128 R8, [UR4]", "FADD R3, R8, R11"],
+        ["LDSM.16.MT88.4 R8, [R2]", "FADD R3, R8, R11"],
         ["CS2R R8, SRZ", "FADD R3, R8, R9"],
         ["IMAD.WIDE R8, R2, 0x4, R2", "LDG.E R3, desc[UR4][R8.64]"],
         ["UIADD3.64 UR8, UR4, UR4, URZ", "UMOV UR3, UR9"],
