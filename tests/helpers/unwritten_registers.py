@@ -1,8 +1,8 @@
 """Whether a kernel, as compiled, reads a register that nothing wrote before.
 
-ptxas 12.8, which Triton 3.6 has, compiled S2O's Triton kernel so for heads of 32, tiles of 64 rows and blocks of 64 keys
-where the numbers of a key lie apart: it took the address of the values for a product from a register that nothing had
-written. Such a product takes its values from wherever that points: results are wrong, or the process ends with an
+ptxas 12.8, which Triton 3.6 has, compiled S2O's Triton kernel so for heads of 32, tiles of 64 rows and blocks of 64
+keys where the numbers of a key lie apart: it took the address of the values for a product from a register that nothing
+had written. Such a product takes its values from wherever that points: results are wrong, or the process ends with an
 illegal memory access (`benchmarks/lab.md`).
 """
 
