@@ -29,16 +29,18 @@ POINTERS = {
 
 
 def compile_for_hopper(
-    kernel, constants: dict, dtype: str = "bf16", language=GluonASTSource, aligned: bool = True, **options
-) -> int:
-    """aligned: strides are multiples of 16."""
+    kernel, constants: dict, dtype: str = "bf16", language=GluonASTSource, aligned: bool = True,
+    cache: str | None = None, **options,
+) -> int:  # fmt: skip
+    """aligned: strides are multiples of 16; cache: the type of keys and values, where it is another one."""
     names = kernel.arg_names
     signature, attributes = {}, {}
     for at, name in enumerate(names):
         if name in constants:
             signature[name] = "constexpr"
         elif name[0].isupper():
-            signature[name] = POINTERS.get(name, "*i32").replace("bf16", dtype)
+            kept = cache if name in ("Keys", "Values") and cache else dtype
+            signature[name] = POINTERS.get(name, "*i32").replace("bf16", kept)
             attributes[(at,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name.endswith("scale") else "i32"

@@ -18,7 +18,8 @@ WRITES_NOTHING = re.compile(
     r"LDGSTS|UBLK|ACQBULK|KILL|BPT|USETMAXREG|\w+SETP|FCHK|R2P"
 )
 """But predicates, which are not followed."""
-COPY = re.compile(r"U?MOV|R2UR|(?=IMAD\.(?:MOV\.)?U32 \w+, RZ, RZ,)IMAD|(?=UIMAD\.U32 \w+, URZ, URZ,)UIMAD")
+COPY = re.compile(r"U?MOV|R2UR|STL|(?=IMAD\.(?:MOV\.)?U32 \w+, RZ, RZ,)IMAD|(?=UIMAD\.U32 \w+, URZ, URZ,)UIMAD")
+"""What moves a register, or spills it: whatever it holds, if that is not used."""
 HALVES = re.compile(r"PRMT|LOP3\.LUT (R\d+), \1, 0x[f7bde]{8}, RZ, 0xc0\b")
 """What keeps a part of a register that may hold nothing: a half, or all bits but one, where predicates are kept."""
 

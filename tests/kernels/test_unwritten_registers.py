@@ -66,6 +66,7 @@ def test_what_nothing_wrote_is_not_read(line):
         ["PRMT R8, RZ, 0x7610, R8"],  # the other half is kept, which holds nothing
         ["LOP3.LUT R8, R8, 0xffffffdf, RZ, 0xc0, !PT", "@P0 LOP3.LUT R8, R8, 0x20, RZ, 0xfc, !PT"],
         ["MOV R8, UR9", "R2UR UR9, R8"],  # kept for later, though it holds nothing
+        ["STL [R2+0x8], R9", "LDL R9, [R2+0x8]"],
         ["EXIT", "FADD R3, R4, R9"],
         ["BRA `(.L_x_1)", "FADD R3, R4, R9", ".L_x_1:"],
     ],
