@@ -31,14 +31,17 @@ class Group:
 
 def _named(text: str) -> set[int]:
     """The registers of an instruction, read or written. Rather more than fewer: one that takes 64 or 128 bits anywhere
-    is believed to take them wherever it names a register, but for addresses."""
+    is believed to take them wherever it names a register, but for addresses and the factors of a wide product."""
     operation = text.split()[0]
     width = 4 if re.search(r"\.128|MT?88\.4", operation) else 2 if re.search(r"\.64|WIDE|MT?88\.2", operation) else 1
-    addresses = re.findall(r"\[.*?\]", text)
+    narrow = " ".join(re.findall(r"\[.*?\]", text))
     operands = re.sub(r"\[.*?\]", "", text)
+    if "WIDE" in operation and len(parts := operands.split(",")) == 4:
+        narrow += " ".join(parts[1:3])
+        operands = ",".join([parts[0], parts[3]])
     return {
         int(first) + more
-        for part, least in ((operands, width), (" ".join(addresses), 1))
+        for part, least in ((operands, width), (narrow, 1))
         for first, pair in REGISTER.findall(part)
         for more in range(max(least, 2 if pair else 1))
     }

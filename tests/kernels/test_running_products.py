@@ -53,6 +53,8 @@ def test_registers_of_finished_products_are_anybody_s():
         "LDSM.16.M88.4 R53, [R3]",
         "LDSM.16.MT88.4 R53, [R3]",
         "IMAD.WIDE R55, R3, 0x4, R4",
+        "IMAD.WIDE R4, R3, 0x4, R55",
+        "IMAD.WIDE R4, R3, R56, R4",
         "LDG.E R3, desc[UR4][R55.64+0x10]",
         "HGMMA.64x64x16.F32.BF16 R88, R120, gdesc[UR16].tnspB, R88, gsb0",  # adds up where a left operand is,
         "HGMMA.64x64x16.F32.BF16 R24, R60, gdesc[UR16].tnspB, R24, gsb0",  # takes one from an accumulator,
@@ -69,6 +71,7 @@ def test_registers_of_running_products_are_not(beside):
     [
         "LDS.128 R52, [R3+UR10]",
         "STS.128 [R55], R4",
+        "IMAD.WIDE.U32 R4, R55, UR4, RZ",  # factors have 32 bits
         "LDG.E R3, desc[UR56][R54.64]",
         "MOV R96, RZ",
         "HGMMA.64x64x16.F32.BF16 R56, R120, gdesc[UR16].tnspB, R56, gsb0",  # one after the other
