@@ -23,8 +23,9 @@ else:
 __all__ = ["attend", "describe", "give_up", "rank_keys", "uses_gluon"]
 
 
-def give_up(reason: str) -> None:
-    """Use the Triton kernels alone from now on: what to do when a compiler rejects the others."""
+def give_up(reason: str | None) -> None:
+    """Use the Triton kernels alone from now on: what to do when a compiler rejects the others, or makes something else
+    of them. None takes it back."""
     global _missing
     _missing = reason
 

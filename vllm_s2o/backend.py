@@ -36,12 +36,12 @@ requests.watch_steps(prompts.begin, prompts.end)
 _told: set[str] = set()
 
 
-def say_once(line: str, level: int = logging.INFO) -> None:
+def say_once(line: str, level: int = logging.INFO, each_rank: bool = False) -> None:
     """vLLM makes a builder several times: for profiling, for capture, for each cache group."""
     if line in _told:
         return
     _told.add(line)
-    if compat.tensor_parallel()[0] == 0:
+    if each_rank or compat.tensor_parallel()[0] == 0:
         logger.log(level, "s2o: %s", line)
 
 
@@ -143,6 +143,8 @@ class S2OMetadataBuilder(DENSE_BUILDER):
                 dtypes = caches.kernel_dtypes(self.s2o_layers[0].impl)
                 dtype = vllm_config.model_config.dtype
                 wrong = warm_up(num_heads, shape, dtype, device, self.s2o.params, *dtypes)
+                if wrong is not None:
+                    say_once(wrong, logging.WARNING, each_rank=True)  # another one's GPU may be well
                 problem = problem or wrong
         dense: dict[str, list[str]] = {}
         for layer in ours:

@@ -17,8 +17,13 @@ import triton
 from compile_for_hopper import compile_for_hopper
 from triton.compiler import ASTSource
 
+from vllm_s2o import S2OParams
 from vllm_s2o.kernels import prefill
 from vllm_s2o.kernels.common import block_dim
+
+PARAMS = S2OParams()
+BETWEEN = PARAMS.key_block * PARAMS.stop_interval
+"""Keys between two tests."""
 
 DENSE = dict(stride_k_dim=1, stride_v_dim=1)
 LAYOUTS = {
@@ -44,14 +49,15 @@ def main(sizes: tuple[int, ...]) -> int:
     wrong = 0
     for head_size, tile, layout, cache in kinds(sizes or HEAD_SIZES):
         strides, aligned = LAYOUTS[layout]
-        built = prefill.launch(torch.empty(1, 1, head_size, dtype=torch.bfloat16, device="meta"), tile, 256)
+        built = prefill.launch(torch.empty(1, 1, head_size, dtype=torch.bfloat16, device="meta"), tile, BETWEEN)
         shared = dict(
-            PAGE=16, GROUP=4, RANKED=1, D=head_size, BLOCK_D=block_dim(head_size), TILE=tile, UNIT=64, INTERVAL=4,
+            PAGE=16, GROUP=4, RANKED=1, D=head_size, BLOCK_D=block_dim(head_size), TILE=tile, UNIT=PARAMS.key_block,
+            INTERVAL=PARAMS.stop_interval,
             PRECISION="tf32", **strides,
         )  # fmt: skip
         kernels = {
             "attention": (prefill._attend, shared | {"BLOCK": built.block}, built.num_warps, built.num_stages),
-            "marked tiles": (prefill._attend_marked, shared | {"BLOCK": math.gcd(256, 32), "PARTS": 1}, 8, 1),
+            "marked tiles": (prefill._attend_marked, shared | {"BLOCK": math.gcd(BETWEEN, 32), "PARTS": 1}, 8, 1),
         }
         for name, (kernel, constants, warps, stages) in kernels.items():
             what = f"{name}: head size {head_size}, tiles of {tile}, {layout}{f', caches in {cache}' if cache else ''}"

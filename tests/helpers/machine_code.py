@@ -65,5 +65,5 @@ class Code:
         leaves = predicate is None and re.match(r"(BRA(?!\.DIV)|EXIT|BSYNC)\b(?!.*\bU?P\d)", text)
         if not leaves and at + 1 < len(self.instructions):
             yield at + 1, meeting
-        if text.startswith(("BRA", "BSYNC")):
+        if text.startswith(("BRA", "BSYNC")) and goal < len(self.instructions):
             yield goal, meeting

@@ -29,7 +29,6 @@ CASES: dict[str, dict[str, Any]] = {
     "heads apart": dict(params=dict(threshold=0.4), layout="head_major"),
     "head size 96, 16 classes": dict(params=dict(threshold=0.3, num_classes=16), head_size=96, layout="separate"),
     "fp8 caches": dict(params=dict(threshold=0.3), fp8=True),
-    # What the fault in README's "Limits" had.
     "head size 32, gaps": dict(
         params=dict(threshold=0.3, tile_size=64, segment_len=64),
         head_size=32,

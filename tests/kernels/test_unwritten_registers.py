@@ -41,6 +41,8 @@ def test_a_descriptor_from_a_register_that_nothing_wrote_is_found():
         "HGMMA.64x16x16.F32 R24, gdesc[UR4], RZ, !UPT, gsb0",  # both operands in shared memory: UR4 to UR7
         "HGMMA.64x16x16.F32 R24, R6, gdesc[UR2], RZ, !UPT, gsb0",  # the left one in R6 to R9
         "REDUX.MAX.S32 UR9, R9",
+        "PRMT R8, R9, 0x7610, R8",
+        "LOP3.LUT R8, R9, 0xffffffdf, RZ, 0xc0, !PT",
     ],
 )
 def test_what_nothing_wrote_is_not_read(line):
