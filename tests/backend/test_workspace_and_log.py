@@ -1,5 +1,7 @@
 """What profiling reserves, and what is said of a step."""
 
+import logging
+
 import pytest
 import tiny
 import torch
@@ -7,7 +9,7 @@ from batch import EXACT, Batch
 from vllm.platforms import current_platform
 
 from vllm_s2o import attention, compat
-from vllm_s2o.backend import tell_once
+from vllm_s2o.backend import say_once, tell_once
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="these batches are small enough for a CPU only")
 
@@ -50,6 +52,13 @@ def test_each_reason_is_told_once(told):
     for reason in ("first", "second", "first"):
         tell_once(reason)
     assert told == ["s2o: dense: first", "s2o: dense: second"]
+
+
+def test_each_rank_tells_what_is_wrong_with_its_gpu(told, rank):
+    rank[:] = [1, 2]
+    say_once("as the first one says")
+    say_once("kernels are wrong here", logging.WARNING, each_rank=True)
+    assert told == ["s2o: kernels are wrong here"]
 
 
 def test_why_a_step_stays_dense_is_told_once(start, told):
