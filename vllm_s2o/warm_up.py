@@ -11,8 +11,8 @@ from vllm_s2o.config import S2OParams
 from vllm_s2o.kernels import naive
 
 OFF = 0.05
-"""How far a row of one head may be off dense attention, relative to its size: some ten times what rounding to bfloat16
-makes, of the weights and of the result; caches in fp8 are widened, which is exact."""
+"""How far a row of one head may be off dense attention, relative to its size: some twenty times what rounding to
+bfloat16 makes; caches in fp8 are widened, which is exact."""
 
 MOVED = 0.1
 """How far keys may stand from where they should in a ranking, on average, as a share of it. Rounding puts some a class

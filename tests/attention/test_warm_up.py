@@ -64,6 +64,14 @@ def use(monkeypatch):
     return use
 
 
+@pytest.fixture
+def triton_kernels(monkeypatch):
+    """Those of every device, in Triton's interpreter without a GPU."""
+    kernels = attention.stages("triton", DEVICE)
+    for module in (attention, warm_up):
+        monkeypatch.setattr(module, "stages", lambda *_: kernels)
+
+
 WARM = {
     "default": S2OParams(),
     "thresholds of all ranks": S2OParams(dense_tail=0, threshold=(0.1,) * 8),
@@ -73,17 +81,27 @@ WARM = {
 
 
 @pytest.mark.parametrize("params", WARM.values(), ids=WARM)
-def test_every_kernel_runs_and_is_right(params, monkeypatch):
+def test_every_kernel_runs_and_is_right(params, triton_kernels):
     """On the kernels themselves: scores of one segment and of several, and on a GPU nothing is left to compile."""
-    kernels = attention.stages("triton", DEVICE)
-    for module in (attention, warm_up):
-        monkeypatch.setattr(module, "stages", lambda *_: kernels)
     assert warm(params=params) is None
 
 
-@pytest.mark.skipif(DEVICE.type == "cpu", reason="caches in fp8 run on a GPU")
-@pytest.mark.parametrize("head_size", [32, 64, 128, 256])
-def test_so_it_is_in_other_types(head_size):
+LONG = [pytest.mark.long] * (DEVICE.type == "cpu")
+"""Ten seconds each in the interpreter."""
+
+
+@pytest.mark.parametrize("head_size", [72, *(pytest.param(size, marks=LONG) for size in (32, 64, 128, 256))])
+def test_so_it_is_in_other_types(head_size, triton_kernels):
+    """Heads of 72 are tried as they lie before vLLM 0.26, too. Triton's interpreter knows no bfloat16."""
+    for num_heads, dtype in ((2, torch.float32 if DEVICE.type == "cpu" else torch.bfloat16), (8, torch.float16)):
+        given = (num_heads, (16, 2, head_size), dtype, DEVICE, SPARSE)
+        assert warm_up.warm_up(*given) is warm_up.warm_up(*given, FP8, FP8) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("head_size", [32, 64, 72, 128, 256])
+def test_so_are_those_that_a_gpu_prefers(head_size):
     for num_heads, dtype in ((2, torch.bfloat16), (8, torch.float16)):
         given = (num_heads, (16, 2, head_size), dtype, DEVICE, S2OParams())
         assert warm_up.warm_up(*given) is warm_up.warm_up(*given, FP8, FP8) is None
