@@ -221,8 +221,10 @@ def test_rankings_that_are_wrong_are_a_reason(spoil, use):
     )
 
 
-def test_rounding_is_no_reason(use):
-    """Of the result, to bfloat16, and of keys that stand a class further."""
+def test_rounding_is_no_reason(use, monkeypatch):
+    """Of the result, to bfloat16, and of keys that stand a class further: by far."""
+    monkeypatch.setattr(warm_up, "OFF", 0.005)
+    monkeypatch.setattr(warm_up, "MOVED", 0.01)
 
     class Rounded(Kernels):
         def rank_keys(self, query, keys, *given, **more):
