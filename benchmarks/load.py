@@ -101,15 +101,31 @@ def requests(options: argparse.Namespace, vocabulary: int) -> list[Request]:
     return made
 
 
+def api(url: str) -> Any:
+    """A client whose requests have a connection each: vLLM closes one that is kept after 5 s without a request, which may
+    be just when it is used again."""
+    from openai import AsyncOpenAI
+
+    headers = {"Connection": "close"}
+    return AsyncOpenAI(base_url=url, api_key="none", timeout=1800, max_retries=0, default_headers=headers)
+
+
 async def one(client: Any, name: str, number: int, request: Request, told: Told) -> None:
+    from openai import AsyncStream
+    from openai.types import Completion
+
+    body = {
+        "model": name, "prompt": request.prompt, "max_tokens": request.output, "temperature": 0, "ignore_eos": True,
+        "stream": True, "stream_options": {"include_usage": True},
+    } | ({"vllm_xargs": {"s2o": "dense"}} if request.dense else {})  # fmt: skip
     started = time.monotonic()
     try:
         async with asyncio.timeout(request.leaves):
-            stream = await client.completions.create(
-                model=name, prompt=request.prompt, max_tokens=request.output, temperature=0, stream=True,
-                extra_body={"ignore_eos": True} | ({"vllm_xargs": {"s2o": "dense"}} if request.dense else {}),
-                stream_options={"include_usage": True},
-            )  # fmt: skip
+            # Not `completions.create`: it looks at each token of a prompt, for a second where there are 65,536, and all
+            # other clients of this process wait meanwhile.
+            stream = await client.post(
+                "/completions", body=body, cast_to=Completion, stream=True, stream_cls=AsyncStream[Completion]
+            )
             first, count = None, 0
             async for part in stream:
                 if part.choices and first is None:
@@ -120,7 +136,11 @@ async def one(client: Any, name: str, number: int, request: Request, told: Told)
         if request.leaves is not None and isinstance(error, TimeoutError):
             told.left += 1
             return
-        told.failed.append(f"{type(error).__name__}: {error}")
+        reasons = [error]  # OpenAI's client says "Connection error." of much
+        while (error := error.__cause__ or error.__context__) is not None:
+            reasons.append(error)
+        said = ", from ".join(f"{type(reason).__name__}: {reason}" for reason in reasons)
+        told.failed.append(f"{said}, after {time.monotonic() - started:.1f} s")
         return
     if first is None or count != request.output:
         told.failed.append(f"{count} of {request.output} tokens for a prompt of {len(request.prompt)}")
@@ -161,10 +181,8 @@ async def sample(server: Server, told: Told) -> None:
 
 
 async def send(server: Server, asked: list[Request], concurrency: int) -> Told:
-    from openai import AsyncOpenAI
-
     told, waiting = Told(), enumerate(asked)
-    client = AsyncOpenAI(base_url=str(server.client.base_url), api_key="none", timeout=1800, max_retries=0)
+    client = api(str(server.client.base_url))
     sampler = asyncio.create_task(sample(server, told))
 
     async def work() -> None:
@@ -242,6 +260,8 @@ def run(backend: str, options: argparse.Namespace, logs: Path) -> tuple[Told, di
         seen, compiled = density(server.log), compiled_while_serving(server.log)
     print(
         f"{backend}: {len(told.ttft)} answered, {told.left} left, {len(told.failed)} failed in {seconds:.0f} s",
+        *told.failed,
+        sep=f"\n{backend}: ",
         flush=True,
     )
     if attention and ranking:

@@ -2,10 +2,14 @@
 
 import argparse
 import asyncio
+import contextlib
 import csv
+import json
 import os
+import re
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -55,10 +59,9 @@ class Client:
     """An API that answers in a way."""
 
     def __init__(self, count: int, error: Exception | None = None, seconds: float = 0.0, between: float = 0.0):
-        self.completions = self
         self.count, self.error, self.seconds, self.between = count, error, seconds, between
 
-    async def create(self, **asked):
+    async def post(self, path, **asked):
         if self.error is not None:
             raise self.error
         return self.parts()
@@ -77,8 +80,8 @@ class Client:
         (Client(4), None, 1, 0, []),
         (Client(3), None, 0, 0, ["3 of 4 tokens for a prompt of 2"]),
         (Client(0), None, 0, 0, ["0 of 4 tokens for a prompt of 2"]),
-        (Client(4, ConnectionError("gone")), None, 0, 0, ["ConnectionError: gone"]),
-        (Client(4, TimeoutError("slow")), None, 0, 0, ["TimeoutError: slow"]),
+        (Client(4, ConnectionError("gone")), None, 0, 0, ["ConnectionError: gone, after 0.0 s"]),
+        (Client(4, TimeoutError("slow")), None, 0, 0, ["TimeoutError: slow, after 0.0 s"]),
         (Client(4, seconds=30), 0.05, 0, 1, []),
         (Client(4, between=30), 0.05, 0, 1, []),
     ],
@@ -88,6 +91,89 @@ def test_what_came_of_a_request(client, leaves, answered, left, failed):
     told = load.Told()
     asyncio.run(load.one(client, "model", 7, load.Request([1, 2], 4, leaves), told))
     assert (list(told.ttft), told.left, told.failed) == ([7] * answered, left, failed)
+
+
+class Api:
+    """A server's, of one token an answer."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict] = []
+        self.connections = 0
+
+    async def connected(self, reader, writer) -> None:
+        self.connections += 1
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):  # the client is gone
+            while head := (await reader.readuntil(b"\r\n\r\n")).decode().lower():
+                length = re.search(r"content-length: (\d+)", head)[1]
+                self.bodies.append(json.loads(await reader.readexactly(int(length))))
+                kept = "connection: close" not in head
+                text = {"index": 0, "text": "a", "finish_reason": None, "logprobs": None}
+                parts = [{"choices": [text]}, {"choices": [], "usage": {"completion_tokens": 1}}]
+                said = "".join(f"data: {json.dumps(part)}\n\n" for part in parts) + "data: [DONE]\n\n"
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n")
+                writer.write(b"" if kept else b"connection: close\r\n")
+                writer.write(f"content-length: {len(said)}\r\n\r\n{said}".encode())
+                await writer.drain()
+                if not kept:
+                    break
+        writer.close()
+
+
+async def sent(asked: list[load.Request], concurrency: int) -> tuple[load.Told, Api, float]:
+    """What came of them, whom they met, and the longest time in seconds for which nobody else had a turn."""
+    api, waits = Api(), [0.0]
+
+    async def wait() -> None:
+        while True:
+            began = time.perf_counter()
+            await asyncio.sleep(0)
+            waits.append(time.perf_counter() - began)
+
+    async with await asyncio.start_server(api.connected, "127.0.0.1", 0, limit=2**24) as server:
+        port = server.sockets[0].getsockname()[1]
+        url = f"http://127.0.0.1:{port}/v1"
+        process = SimpleNamespace(pid=os.getpid())
+        waiter = asyncio.create_task(wait())
+        told = await load.send(
+            SimpleNamespace(client=SimpleNamespace(base_url=url), name="own", process=process), asked, concurrency
+        )
+        waiter.cancel()
+    return told, api, max(waits)
+
+
+def test_why_a_request_failed():
+    """Nobody listens there."""
+    told = load.Told()
+    asyncio.run(load.one(load.api("http://127.0.0.1:9/v1"), "own", 0, load.Request([1], 1, None), told))
+    (said,) = told.failed
+    assert said.startswith("APIConnectionError: Connection error., from ConnectError: ") and "refused" in said.lower()
+
+
+def test_what_is_sent():
+    """Through OpenAI's client, each over a connection of its own."""
+    asked = [load.Request([1, 2, 3], 1, None), load.Request([4], 1, None, dense=True), load.Request([5], 2, None)]
+    told, api, _ = asyncio.run(sent(asked, 1))
+    assert list(told.ttft) == [0, 1] and told.failed == ["1 of 2 tokens for a prompt of 1"]
+    shared = {
+        "model": "own", "temperature": 0, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    assert api.bodies == [
+        shared | {"prompt": [1, 2, 3], "max_tokens": 1},
+        shared | {"prompt": [4], "max_tokens": 1, "vllm_xargs": {"s2o": "dense"}},
+        shared | {"prompt": [5], "max_tokens": 2},
+    ]
+    assert api.connections == 3
+
+
+def test_no_client_waits_for_the_prompt_of_another():
+    """Who sends 65,536 tokens holds up the others for little more than it takes to write them down."""
+    asked = [load.Request(list(range(65536)), 1, None)]
+    began = time.perf_counter()
+    json.dumps(asked[0].prompt)
+    written = time.perf_counter() - began
+    told, held = zip(*((told, held) for told, _, held in (asyncio.run(sent(asked, 1)) for _ in range(3))), strict=True)
+    assert not any(one.failed for one in told)
+    assert min(held) < 15 * written  # with `completions.create` some 100 times
 
 
 def test_memory_of_the_second_half():
