@@ -102,8 +102,8 @@ def requests(options: argparse.Namespace, vocabulary: int) -> list[Request]:
 
 
 def api(url: str) -> Any:
-    """A client whose requests have a connection each: vLLM closes one that is kept after 5 s without a request, which may
-    be just when it is used again."""
+    """A client whose requests have a connection each: one that is kept, vLLM closes after 5 s without a request, maybe
+    just when it is used again."""
     from openai import AsyncOpenAI
 
     headers = {"Connection": "close"}
@@ -136,9 +136,9 @@ async def one(client: Any, name: str, number: int, request: Request, told: Told)
         if request.leaves is not None and isinstance(error, TimeoutError):
             told.left += 1
             return
-        reasons = [error]  # OpenAI's client says "Connection error." of much
-        while (error := error.__cause__ or error.__context__) is not None:
-            reasons.append(error)
+        reasons: list[BaseException] = [error]  # OpenAI's client says "Connection error." of much
+        while (below := reasons[-1].__cause__ or reasons[-1].__context__) is not None:
+            reasons.append(below)
         said = ", from ".join(f"{type(reason).__name__}: {reason}" for reason in reasons)
         told.failed.append(f"{said}, after {time.monotonic() - started:.1f} s")
         return
