@@ -73,7 +73,7 @@ def others(llama, ranking, alone) -> list[float]:
 @pytest.mark.parametrize(
     ("ranking", "layout"),
     [
-        ("kv_head", "tensor"),
+        pytest.param("kv_head", "tensor", marks=pytest.mark.long),
         pytest.param("kv_head", "pipeline", marks=pytest.mark.long),
         ("query_head", "tensor"),
         pytest.param("query_head", "pipeline", marks=pytest.mark.long),

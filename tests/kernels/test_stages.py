@@ -132,9 +132,17 @@ def test_ranking_of_histories_longer_than_a_sort_block():
     assert_same_rankings(case, one_wave(case), moved=0.01)
 
 
-@pytest.mark.parametrize("count", [MAX_SCORED_TOGETHER + 9, MAX_SCORED_TOGETHER, 23, 2])
-@pytest.mark.parametrize("heads", [(1, 1), (2, 2), (6, 2), (4, 1)], ids=lambda heads: "{} of {}".format(*heads))
-def test_ranking_of_segments_that_are_scored_together(count, heads):
+SHARING = [
+    pytest.param(heads, count, id="{} of {}-{}".format(*heads, count), marks=marks)
+    for heads in ((1, 1), (2, 2), (6, 2), (4, 1))
+    for count in (MAX_SCORED_TOGETHER + 9, MAX_SCORED_TOGETHER, 23, 2)
+    # Half a minute in the interpreter, and a quarter.
+    for marks in [[pytest.mark.long] * (DEVICE.type == "cpu" and heads == (6, 2) and count >= MAX_SCORED_TOGETHER)]
+]
+
+
+@pytest.mark.parametrize(("heads", "count"), SHARING)
+def test_ranking_of_segments_that_are_scored_together(heads, count):
     """Rankings of the same keys share an operand, as many as fit: less than one of them is full, several are."""
     num_heads, num_kv_heads = heads
     case = make_case([count * 16], [count * 16], num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=16)
